@@ -8,13 +8,15 @@ filtering. Each room takes nothing less, so a skipped room is a type error
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -119,7 +121,7 @@ class Call:
     operation: Operation
     deadline: float
     """When the caller stops waiting (`time.monotonic` seconds); always bounded."""
-    headers: Mapping[str, str] = EMPTY
+    headers: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     host: str = ""
     port: int = 0
     source_ip: str = ""
@@ -265,6 +267,60 @@ class TensorSpec:
         _require(len(self.shape) <= 16, here + "a shape has at most 16 dimensions")
         if self.low is not None and self.high is not None:
             _require(self.low <= self.high, here + "low is above high")
+
+
+_GREATEST = {
+    "FP16": 65504.0,
+    "BF16": 2.0**128 - 2.0**120,
+    "FP32": 2.0**128 - 2.0**104,
+    "FP64": sys.float_info.max,
+}
+_least, _most = np.minimum.reduce, np.maximum.reduce
+
+
+def _nearest(bound: float, datatype: str) -> float:
+    if datatype == "BF16":  # the upper half of a float32, rounded to even
+        bits = np.array([bound], "<f4").view("<u4")
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return float(bits.view("<f4")[0])
+    return float(DATATYPES[datatype].type(bound)) if datatype in _GREATEST else bound
+
+
+class Elements:
+    """The check of every element of a tensor: finite, and within its spec's bounds.
+
+    NaN propagates to the least and the greatest element, and an infinity lies beyond
+    the datatype's greatest number, so these two tell all. A bound is rounded to the
+    tensor's precision; ConfigError where the datatype cannot hold it.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        most = _GREATEST.get(spec.datatype, math.inf)
+        self._bf16, self._bool = spec.datatype == "BF16", spec.datatype == "BOOL"
+        bounds = [0.0, 1.0] if self._bool else [-most, most]
+        for at, bound in enumerate((spec.low, spec.high)):
+            if bound is not None:
+                here = f"TensorSpec {spec.name!r}: bound {bound!r} "
+                _require(abs(bound) <= most, here + f"is beyond {spec.datatype}")
+                bounds[at] = _nearest(bound, spec.datatype)
+        self._low, self._high = bounds
+        self._free = bounds == [-math.inf, math.inf]
+        bounded = spec.low is not None or spec.high is not None or self._bool
+        self._expected = f"{bounds[0]:g} to {bounds[1]:g}" if bounded else "finite"
+
+    def check(self, flat: Array) -> None:
+        """Raise ValueError at the first element of 1-D `flat` that does not hold."""
+        if self._free or not flat.size:
+            return
+        seen: Any = flat
+        if self._bf16:
+            seen = (seen.astype("<u4") << 16).view("<f4")
+        elif self._bool:
+            seen = seen.view("u1")
+        if not (self._low <= _least(seen).item() and _most(seen).item() <= self._high):
+            bad = int(np.argmin((seen >= self._low) & (seen <= self._high)))
+            what = "NaN" if math.isnan(seen[bad]) else "out of range"
+            raise ValueError(f"element {bad} is {what}; expected {self._expected}")
 
 
 @dataclass(frozen=True, slots=True)

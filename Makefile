@@ -1,0 +1,36 @@
+# make run   - make the environment, then the whole demonstration; Ctrl-C ends it
+# make test  - the same environment, then every test
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTHON ?= python3
+
+.PHONY: run test check fmt proto bench clean
+
+run: $(STAMP)
+	$(PY) -m examples.demonstration $(if $(ONCE),--once)
+
+test: $(STAMP)
+	$(PY) -m pytest -q
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check -q .
+	$(VENV)/bin/ruff format -q --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -q -m "not slow and not ray"
+
+fmt: $(STAMP)
+	$(VENV)/bin/ruff check -q --fix .
+	$(VENV)/bin/ruff format -q .
+
+bench: $(STAMP)
+	$(PY) -m bench.request
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt -e ".[serve,text,gateway,examples,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)

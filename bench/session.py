@@ -1,0 +1,263 @@
+"""One Ray session that holds the arms named on its command line.
+
+``python -m bench.session ARM...`` prints a line of JSON, the arms as they can be
+loaded, when all have answered rightly; it ends, and everything it started with it,
+when its standard input does. `Session` starts it in a home, and with a Ray token, of
+its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.load import Arm, LoadError, family
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+READY = "ARMS "
+START_S = 180
+SESSIONS = (
+    ("serve-http", "serve-grpc", "grpc-bare-ray", "ztserve", "ztserve-https"),
+    ("serve-haproxy",),
+)
+"""The arms by the Ray session that they live in; both sessions live at once."""
+
+
+class Session:
+    """A child process with a Ray session, as seen by the bench."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._home = tempfile.TemporaryDirectory(prefix="ztb-", dir="/tmp")
+        self._log = Path(self._home.name) / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.session", *names],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(self._home.name, haproxy="serve-haproxy" in names),
+                start_new_session=True,
+                text=True,
+            )
+
+    def arms(self) -> list[Arm]:
+        """Wait until all arms answer; return them."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(READY):
+                return [_arm(fields) for fields in json.loads(line[len(READY) :])]
+        raise LoadError(
+            f"a Ray session did not start:\n{self._log.read_text()[-3000:]}"
+        )
+
+    def stop(self) -> None:
+        """End the session and every process in it."""
+        started = family([self._process.pid])
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        # A process that outlived its session would disturb the next measurement.
+        for pid in started:
+            if self._home.name in _environ(pid):
+                os.kill(pid, signal.SIGKILL)
+        self._home.cleanup()
+
+
+def _arm(fields: dict[str, Any]) -> Arm:
+    fields["pids"], fields["headers"] = tuple(fields["pids"]), tuple(fields["headers"])
+    return Arm(**fields)
+
+
+def _environ(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _environment(home: str, *, haproxy: bool) -> dict[str, str]:
+    """Return the environment of a session: its own home, token and HAProxy files."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SPIFFE_"))}
+    env |= {
+        "HOME": home,
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    if haproxy:
+        env |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{home}/haproxy/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{home}/haproxy/admin.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{home}/haproxy",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{home}/haproxy/server-state",
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        }
+    return env
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listeners(port: int) -> tuple[int, ...]:
+    """Return the processes that listen on TCP `port`.
+
+    In HAProxy's place its manager, which starts a new HAProxy with every new address.
+    """
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(entry.readlink()) in inodes:
+                found.add(int(entry.parts[2]))
+        except OSError:
+            continue
+    return tuple(sorted(_manager(pid) for pid in found))
+
+
+def _manager(pid: int) -> int:
+    name, rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)
+    return int(rest.split()[1]) if name.endswith("(haproxy") else pid
+
+
+# --- inside the child -------------------------------------------------------------
+
+
+def _patiently(ask: Callable[[], bytes]) -> bytes:
+    """Ask until there is an answer: proxies learn of a deployment a little later."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return ask()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _judge(name: str, probabilities: bytes) -> None:
+    import numpy as np
+
+    from bench.plain_serve import ROW, Model
+
+    wanted = np.frombuffer(Model().answer(ROW.tobytes()), "<f4")
+    if not np.allclose(np.frombuffer(probabilities, "<f4"), wanted, atol=1e-5):
+        raise LoadError(f"{name} gives another answer than the model")
+
+
+def _http_arm(name: str, port: int, replica: int) -> Arm:
+    from bench.plain_serve import ROW
+
+    url = f"http://127.0.0.1:{port}/"
+    body = ROW.tobytes()
+    reply = _patiently(lambda: urllib.request.urlopen(url, body, timeout=5).read())
+    _judge(name, reply)
+    pids = (replica, *listeners(port))
+    return Arm(name, "http", f"127.0.0.1:{port}", "/", body.hex(), len(reply), pids)
+
+
+def _grpc_arm(name: str, address: str, pids: tuple[int, ...]) -> Arm:
+    import grpc
+
+    from bench.oip import INFER
+    from bench.plain_serve import request_bytes
+    from ztserve.transport.v1.inference_pb2 import ModelInferResponse
+
+    body = request_bytes()
+
+    def ask() -> bytes:
+        with grpc.insecure_channel(address) as channel:
+            stub = channel.unary_unary(INFER, bytes, bytes)
+            return bytes(stub(body, timeout=5))
+
+    reply = _patiently(ask)
+    _judge(name, ModelInferResponse.FromString(reply).raw_output_contents[0])
+    return Arm(name, "grpc", address, INFER, body.hex(), len(reply), pids)
+
+
+def _plain_arms(names: Sequence[str]) -> list[Arm]:
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+    from ray.serve.schema import LoggingConfig
+
+    from bench.oip import SERVICER
+    from bench.plain_serve import Bare, Plain
+
+    http, grpc_port = free_port(), free_port()
+    quiet = LoggingConfig(enable_access_log=False)
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=http),
+        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICER]),
+        logging_config=quiet,
+    )
+    options: dict[str, Any] = {
+        "max_ongoing_requests": 128,
+        "ray_actor_options": {"num_cpus": 0.1},
+        "logging_config": quiet,
+    }
+    arms = []
+    if {"serve-http", "serve-grpc", "serve-haproxy"} & set(names):
+        app = serve.deployment(**options)(Plain).bind()
+        handle = serve.run(app, name="plain", route_prefix="/")
+        replica = handle.pid.remote().result()
+        for name in names:
+            if name in ("serve-http", "serve-haproxy"):
+                arms.append(_http_arm(name, http, replica))
+        if "serve-grpc" in names:
+            pids = (replica, *listeners(grpc_port))
+            arms.append(_grpc_arm("serve-grpc", f"127.0.0.1:{grpc_port}", pids))
+    if "grpc-bare-ray" in names:
+        app = serve.deployment(**options)(Bare).bind()
+        handle = serve.run(app, name="bare", route_prefix=None)
+        pid, address = handle.place.remote().result()
+        arms.append(_grpc_arm("grpc-bare-ray", address, (pid,)))
+    return arms
+
+
+def main(names: Sequence[str]) -> None:
+    """Start the arms, say so on standard output, wait for the end of the input."""
+    import ray
+
+    home = os.environ["HOME"]
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=f"{home}/ray",
+    )
+    try:
+        arms = _plain_arms(names)
+        print(READY + json.dumps([asdict(arm) for arm in arms]), flush=True)
+        sys.stdin.read()
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

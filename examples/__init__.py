@@ -1,0 +1,1 @@
+"""What does a user write? Three deployments, each a screen of code."""

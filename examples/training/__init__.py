@@ -1,0 +1,1 @@
+"""Where do the examples' models come from? Trained here, in seconds, and signed."""

@@ -1,0 +1,81 @@
+"""A signed directory as a registry of one model: files, model.sig and release.sig."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ztserve.artifacts.envelope import MAX_BUNDLE_BYTES, parse_envelope
+from ztserve.artifacts.files import FileReader, list_files, open_file, read_file
+from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
+from ztserve.artifacts.registry import Resolved
+from ztserve.artifacts.release import parse_release
+from ztserve.errors import RegistryError, VerificationError
+from ztserve.types import ModelRef
+
+
+def model_files(root: Path) -> dict[str, int]:
+    """List every file of a directory but the two signature files, name to size."""
+    found = list_files(root)
+    return {name: n for name, n in found.items() if name not in SIGNATURE_FILES}
+
+
+class DirectoryRegistry:
+    """Read-only access to one signed directory.
+
+    It has no aliases and one version: whatever alias is asked for means that one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        if not root.is_dir():
+            raise RegistryError(f"{root}: there is no registry or model directory here")
+
+    def __repr__(self) -> str:
+        return f"DirectoryRegistry({str(self._root)!r})"
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        """Return what the directory's own signature files claim to be."""
+        envelope = parse_envelope(self.read_signature(), what=SIGNATURE_FILE)
+        try:
+            raw = read_file(self._root, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
+        except FileNotFoundError:
+            return Resolved(ref.name, ref.version or "", envelope.digest)
+        release = parse_release(parse_envelope(raw, what=RELEASE_FILE))
+        return Resolved(release.name, release.version, envelope.digest)
+
+    def signature(self, model: Resolved) -> bytes:
+        """Return model.sig; VerificationError if there is none."""
+        return self.read_signature()
+
+    def read_signature(self) -> bytes:
+        """Return model.sig; VerificationError if there is none."""
+        try:
+            return read_file(self._root, SIGNATURE_FILE, limit=MAX_BUNDLE_BYTES)
+        except FileNotFoundError as error:
+            if not list_files(self._root):
+                # An empty mount point: the files may still come.
+                raise RegistryError(f"{self._root} is empty") from error
+            raise VerificationError(
+                f"{self._root} is not signed: it has no {SIGNATURE_FILE}; sign it with "
+                "`ztserve sign`"
+            ) from error
+
+    def release(self, model: Resolved) -> bytes:
+        """Return release.sig; VerificationError if there is none."""
+        try:
+            return read_file(self._root, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
+        except FileNotFoundError as error:
+            raise VerificationError(
+                f"{self._root} is not released as {model.name!r}: it has no "
+                f"{RELEASE_FILE} by a deployer; publish it with `ztserve publish`"
+            ) from error
+
+    def files(self, model: Resolved) -> Mapping[str, int]:
+        """List every file of the directory but the two signature files."""
+        return model_files(self._root)
+
+    def open(self, model: Resolved, name: str) -> FileReader:
+        """Open one of its files."""
+        try:
+            return open_file(self._root, name)
+        except FileNotFoundError as error:
+            raise VerificationError(f"{self._root}: {name!r} vanished") from error

@@ -1,0 +1,211 @@
+"""An OCI image layout on disk as a registry (OCI image-spec v1.1, image-layout).
+
+One index.json lists the models by annotations; all else is addressed by digest. Each
+model is an image manifest whose layers are its files, titled with their names, and
+its two signature bundles. Copies to and from OCI registries with stock tools.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztserve.artifacts.envelope import MAX_BUNDLE_BYTES
+from ztserve.artifacts.files import FileReader, open_file, read_file
+from ztserve.artifacts.manifest import (
+    MAX_FILES,
+    RELEASE_FILE,
+    SIGNATURE_FILE,
+    SIGNATURE_FILES,
+)
+from ztserve.artifacts.registry import Resolved
+from ztserve.artifacts.strict import (
+    Malformed,
+    Object,
+    as_object,
+    get,
+    get_objects,
+    load_object,
+)
+from ztserve.errors import RegistryError, VerificationError
+from ztserve.types import ModelRef
+
+LAYOUT_FILE = "oci-layout"
+INDEX_FILE = "index.json"
+MAX_INDEX_BYTES = 4 << 20
+MAX_MODELS = 10_000
+IMAGE_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+TITLE = "org.opencontainers.image.title"
+NAME = "dev.ztserve.model.name"
+VERSION = "dev.ztserve.model.version"
+DIGEST = "dev.ztserve.model.digest"
+ALIASES = "dev.ztserve.model.aliases"
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A descriptor: content by digest, with the size that it is said to have."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model in the index: what it claims to be, and where its manifest is."""
+
+    model: Resolved
+    aliases: frozenset[str]
+    manifest: Blob
+
+
+class LayoutRegistry:
+    """Read-only access to the models of an OCI image layout."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._layers: dict[Resolved, Mapping[str, Blob]] = {}
+
+    def __repr__(self) -> str:
+        return f"LayoutRegistry({str(self._root)!r})"
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        """Find the model in the index; without version, alias or digest: the last.
+
+        The other verbs answer as of the last `resolve` of their model. Raises
+        RegistryError where there is no such model.
+        """
+        found = [e for e in self._entries() if e.model.name == ref.name]
+        if not found:
+            raise RegistryError(f"{self._root} has no model {ref.name!r}")
+        if ref.version is not None:
+            found = [e for e in found if e.model.version == ref.version]
+        if ref.digest is not None:
+            found = [e for e in found if e.model.digest == ref.digest]
+        if ref.alias is not None:
+            found = [e for e in found if ref.alias in e.aliases]
+            if len(found) > 1:
+                raise RegistryError(f"{self._root}: {ref} is ambiguous")
+        if not found:
+            raise RegistryError(f"{self._root} has no {ref}")
+        entry = found[-1]
+        raw = self._read(entry.manifest, limit=MAX_INDEX_BYTES)
+        self._layers[entry.model] = parse_layers(raw, f"{ref}")
+        return entry.model
+
+    def signature(self, model: Resolved) -> bytes:
+        """Return the model's signature; VerificationError if it has none."""
+        return self._bundle(model, SIGNATURE_FILE, "signed")
+
+    def release(self, model: Resolved) -> bytes:
+        """Return the model's release; VerificationError if it has none."""
+        return self._bundle(model, RELEASE_FILE, "released")
+
+    def files(self, model: Resolved) -> Mapping[str, int]:
+        """List the files that the model's image manifest names, with their sizes."""
+        layers = self._of(model)
+        return {n: b.size for n, b in layers.items() if n not in SIGNATURE_FILES}
+
+    def open(self, model: Resolved, name: str) -> FileReader:
+        """Open the blob of one file."""
+        layers = self._of(model)
+        if name not in layers:
+            raise VerificationError(f"{self._root}: {model.name} has no file {name!r}")
+        return self._open(layers[name], name)
+
+    def _bundle(self, model: Resolved, name: str, done: str) -> bytes:
+        layers = self._of(model)
+        if name not in layers:
+            raise VerificationError(
+                f"{model.name}:{model.version} in {self._root} is not {done}: it has "
+                f"no {name}"
+            )
+        return self._read(layers[name], limit=MAX_BUNDLE_BYTES)
+
+    def _entries(self) -> list[Entry]:
+        try:
+            raw = read_file(self._root, INDEX_FILE, limit=MAX_INDEX_BYTES)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{self._root} has no {INDEX_FILE}") from error
+        return parse_index(raw, f"{self._root / INDEX_FILE}")
+
+    def _of(self, model: Resolved) -> Mapping[str, Blob]:
+        if model not in self._layers:
+            self.resolve(model.ref)
+        if model not in self._layers:
+            raise RegistryError(f"{self._root} has no {model.ref}")
+        return self._layers[model]
+
+    def _open(self, blob: Blob, what: str) -> FileReader:
+        name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+        try:
+            reader = open_file(self._root, name)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{self._root}: {what}: {name} is missing") from error
+        if reader.size != blob.size:
+            with reader:
+                raise VerificationError(
+                    f"{self._root / name} ({what}) has {reader.size} bytes; the "
+                    f"registry's manifest says {blob.size}"
+                )
+        return reader
+
+    def _read(self, blob: Blob, *, limit: int) -> bytes:
+        name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+        try:
+            raw = read_file(self._root, name, limit=limit)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{self._root}: {name} is missing") from error
+        if "sha256:" + hashlib.sha256(raw).hexdigest() != blob.digest:
+            raise RegistryError(f"{self._root / name} is not what its name says")
+        return raw
+
+
+def parse_index(raw: bytes, where: str) -> list[Entry]:
+    """Parse index.json; entries that are no models are left out.
+
+    Raises RegistryError.
+    """
+    try:
+        index = load_object(raw, limit=MAX_INDEX_BYTES)
+        entries = get_objects(index, "manifests", limit=MAX_MODELS)
+        return [_entry(e) for e in entries if NAME in _annotations(e)]
+    except Malformed as error:
+        raise RegistryError(f"{where}: {error}") from error
+
+
+def parse_layers(raw: bytes, where: str) -> dict[str, Blob]:
+    """Parse an image manifest into file name → blob; raises RegistryError."""
+    layers: dict[str, Blob] = {}
+    try:
+        manifest = load_object(raw, limit=MAX_INDEX_BYTES)
+        for layer in get_objects(manifest, "layers", limit=MAX_FILES):
+            title = get(_annotations(layer), TITLE, str)
+            if title in layers:
+                raise Malformed(f"the layer {title!r} is listed twice")
+            layers[title] = _blob(layer)
+    except Malformed as error:
+        raise RegistryError(f"the image manifest of {where}: {error}") from error
+    return layers
+
+
+def _entry(node: Object) -> Entry:
+    notes = _annotations(node)
+    model = Resolved(
+        get(notes, NAME, str), get(notes, VERSION, str), get(notes, DIGEST, str)
+    )
+    aliases = get(notes, ALIASES, str) if ALIASES in notes else ""
+    return Entry(model, frozenset(filter(None, aliases.split(","))), _blob(node))
+
+
+def _annotations(node: Object) -> Object:
+    return as_object(node.get("annotations", {}), "annotations")
+
+
+def _blob(node: Object) -> Blob:
+    digest, size = get(node, "digest", str), get(node, "size", int)
+    if not _DIGEST.match(digest) or size < 0:
+        raise Malformed(f"the descriptor {digest!r} of {size} bytes is not usable")
+    return Blob(digest, size)

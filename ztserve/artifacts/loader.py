@@ -1,0 +1,150 @@
+"""From a reference to a verified model, step by step; each step raises or goes on."""
+
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Literal
+
+from ztserve import types
+from ztserve.artifacts.buffers import Buffer, read_all
+from ztserve.artifacts.content import check_contents, check_suffixes
+from ztserve.artifacts.envelope import parse_envelope
+from ztserve.artifacts.manifest import (
+    RELEASE_FILE,
+    SIGNATURE_FILE,
+    Manifest,
+    parse_manifest,
+)
+from ztserve.artifacts.model import VerifiedModel
+from ztserve.artifacts.registry import Registry, Resolved, open_registry
+from ztserve.artifacts.release import Release, check_release, parse_release
+from ztserve.artifacts.signers import SignedBy
+from ztserve.artifacts.trust import TrustPolicy
+from ztserve.errors import VerificationError
+from ztserve.types import ModelRef
+
+
+def verify_model(
+    source: Registry | str | os.PathLike[str],
+    ref: ModelRef | str,
+    trust: TrustPolicy,
+    *,
+    now: datetime | None = None,
+    purpose: Literal["load", "deploy"] = "load",
+    max_bytes: int | None = None,
+) -> VerifiedModel:
+    """Return the model that `ref` names, after these steps:
+
+    1. the registry (untrusted) says which manifest the reference means; a pinned
+       digest must be that one;
+    2. a trainer whom the policy trusts now signed the manifest;
+    3. the manifest is the one that step 1 named, and is not revoked;
+    4. a deployer whom the policy trusts now released this very manifest under the
+       name, and the version, that were asked for;
+    5. the registry has the signed files and no other (a closed world), none of a
+       kind that can run;
+    6. every file, read once into private memory, has its signed digest;
+    7. what is in the files is data: safetensors in bounds, no pickles, no code;
+    8. only now does anything of the model become reachable.
+
+    `source` is a registry, its path, or the path of a signed directory. With purpose
+    ``deploy`` (before there is a release) step 4 is left out, and `release` of the
+    result is None; such a model is for a deployer to look at, not to serve.
+    `max_bytes` bounds the memory for the files (default: the machine's).
+
+    Raises RegistryError where the registry is away or answers nonsense (waiting may
+    help), VerificationError where a check does not hold (waiting does not help).
+    """
+    if purpose not in {"load", "deploy"}:
+        raise ValueError(f"purpose {purpose!r} is neither 'load' nor 'deploy'")
+    ref = ModelRef(ref) if isinstance(ref, str) else ref
+    registry = (
+        open_registry(source) if isinstance(source, str | os.PathLike) else source
+    )
+    moment = types.now() if now is None else now
+    # 1.
+    found = registry.resolve(ref)
+    ref.pinned(found.digest)
+    # 2. and 3.
+    manifest, trainer = _verify_manifest(registry, found, trust, moment)
+    signers: tuple[SignedBy, ...] = (trainer,)
+    release = None
+    # 4.
+    if purpose == "load":
+        release, deployer = _verify_release(registry, found, ref, trust, moment)
+        signers = (trainer, deployer)
+    # 5.
+    listed = registry.files(found)
+    check_closed(manifest, listed)
+    check_suffixes(listed)
+    # 6.
+    buffers = read_all(
+        lambda name: registry.open(found, name), listed, max_bytes=max_bytes
+    )
+    check_digests(manifest, buffers)
+    # 7.
+    files = {name: buffer.view for name, buffer in buffers.items()}
+    layouts = check_contents(files)
+    # 8.
+    return VerifiedModel(
+        name=ref.name,
+        release=release,
+        digest=manifest.digest,
+        signers=signers,
+        files=files,
+        layouts=layouts,
+    )
+
+
+def _verify_manifest(
+    registry: Registry, found: Resolved, trust: TrustPolicy, now: datetime
+) -> tuple[Manifest, SignedBy]:
+    envelope = parse_envelope(registry.signature(found), what=SIGNATURE_FILE)
+    trainer = trust.verify(envelope, "trainer", now=now)
+    manifest = parse_manifest(envelope)
+    if manifest.digest != found.digest:
+        raise VerificationError(
+            f"the registry promised {found.name}@{found.digest}, but its manifest is "
+            f"{manifest.digest}"
+        )
+    trust.check_not_revoked(manifest.digest)
+    return manifest, trainer
+
+
+def _verify_release(
+    registry: Registry,
+    found: Resolved,
+    ref: ModelRef,
+    trust: TrustPolicy,
+    now: datetime,
+) -> tuple[Release, SignedBy]:
+    envelope = parse_envelope(registry.release(found), what=RELEASE_FILE)
+    deployer = trust.verify(envelope, "deployer", now=now)
+    release = parse_release(envelope)
+    check_release(release, ref, found.digest)
+    return release, deployer
+
+
+def check_closed(manifest: Manifest, listed: Mapping[str, int]) -> None:
+    """Raise VerificationError unless exactly the signed files are there."""
+    extra = sorted(listed.keys() - manifest.files.keys())
+    if extra:
+        raise VerificationError(
+            f"extra file {extra[0]!r} ({len(extra)} in all) is not signed: remove it, "
+            "or sign the model again with it"
+        )
+    missing = sorted(manifest.files.keys() - listed.keys())
+    if missing:
+        raise VerificationError(
+            f"missing file {missing[0]!r} ({len(missing)} in all) is signed but absent"
+        )
+
+
+def check_digests(manifest: Manifest, buffers: Mapping[str, Buffer]) -> None:
+    """Raise VerificationError unless every file has its signed digest."""
+    for name, signed in manifest.files.items():
+        if buffers[name].sha256 != signed:
+            raise VerificationError(
+                f"{name!r} was changed after signing: its SHA-256 is "
+                f"{buffers[name].sha256}, signed was {signed}"
+            )

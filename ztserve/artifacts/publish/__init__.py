@@ -1,0 +1,29 @@
+"""How does a model get a signature, a name and a place in a registry?
+
+The offline half of artifacts: training and deployment pipelines use it, with keys
+that serving never sees. Nothing that serves imports it.
+"""
+
+from ztserve.artifacts.publish.keys import NewKey, SigningKey, load_signer, new_key
+from ztserve.artifacts.publish.registry import publish, set_alias
+from ztserve.artifacts.publish.signing import (
+    model_statement,
+    release_model,
+    release_statement,
+    sign_model,
+    sign_policy,
+)
+
+__all__ = [
+    "NewKey",
+    "SigningKey",
+    "load_signer",
+    "model_statement",
+    "new_key",
+    "publish",
+    "release_model",
+    "release_statement",
+    "set_alias",
+    "sign_model",
+    "sign_policy",
+]

@@ -1,0 +1,240 @@
+"""Publishing: from a signed and released directory into an OCI image layout.
+
+Blobs first, each under its digest, then one index: whoever reads meanwhile sees the
+registry before or after, never between. One publisher at a time holds the lock.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ztserve.artifacts.envelope import BUNDLE_TYPE, parse_envelope
+from ztserve.artifacts.layout import (
+    ALIASES,
+    DIGEST,
+    IMAGE_MANIFEST_TYPE,
+    INDEX_FILE,
+    LAYOUT_FILE,
+    NAME,
+    TITLE,
+    VERSION,
+    parse_index,
+)
+from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
+from ztserve.artifacts.publish.atomic import replace, sync_folder
+from ztserve.artifacts.publish.signing import read_signed
+from ztserve.artifacts.registry import Resolved
+from ztserve.artifacts.release import check_name, check_release, parse_release
+from ztserve.errors import ConfigError, RegistryError, VerificationError
+from ztserve.types import ModelRef
+
+ARTIFACT_TYPE = "application/vnd.ztserve.model.v1"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+REF_NAME = "org.opencontainers.image.ref.name"
+_EMPTY = b"{}"
+
+Descriptor: TypeAlias = dict[str, Any]
+"""An OCI content descriptor, as in JSON."""
+
+
+def publish(
+    directory: str | os.PathLike[str],
+    registry_path: str | os.PathLike[str],
+    *,
+    name: str,
+    version: str,
+    aliases: Sequence[str] = ("production",),
+) -> Resolved:
+    """Copy a signed and released directory into the registry, made if not there.
+
+    Points `aliases` at it; publishing the same content again only does that. Raises
+    VerificationError where the directory is not what its signatures say, or released
+    as something else; RegistryError where the version exists with other content.
+    """
+    source, root = Path(directory), Path(registry_path)
+    check_name(name, version, ConfigError)
+    _check_aliases(name, aliases)
+    signed = read_signed(source)
+    model = Resolved(name, version, signed.manifest.digest)
+    files = {file: buffer.view for file, buffer in signed.buffers.items()}
+    files[SIGNATURE_FILE] = memoryview(signed.signature)
+    files[RELEASE_FILE] = memoryview(_read_release(source, model))
+    with _locked(root):
+        index = _read_index(root)
+        _check_not_taken(index, model, root)
+        _put(index, _write_image(root, model, files))
+        _point(index, model, aliases)
+        _write_index(root, index)
+    return model
+
+
+def set_alias(
+    registry_path: str | os.PathLike[str], *, name: str, alias: str, version: str
+) -> None:
+    """Point an alias at a published version; RegistryError where there is none."""
+    root = Path(registry_path)
+    _check_aliases(name, (alias,))
+    if not (root / LAYOUT_FILE).is_file():
+        raise RegistryError(f"{root} is no registry")
+    with _locked(root):
+        index = _read_index(root)
+        for node in _versions(index, name):
+            if node["annotations"][VERSION] == version:
+                _point(index, _model(node), (alias,))
+                return _write_index(root, index)
+    raise RegistryError(f"{root} has no {name}:{version}")
+
+
+def _read_release(source: Path, model: Resolved) -> bytes:
+    try:
+        raw = (source / RELEASE_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise VerificationError(
+            f"{source} has no {RELEASE_FILE}: a deployer must release it first"
+        ) from error
+    release = parse_release(parse_envelope(raw, what=RELEASE_FILE))
+    check_release(release, ModelRef(f"{model.name}:{model.version}"), model.digest)
+    return raw
+
+
+def _check_aliases(name: str, aliases: Collection[str]) -> None:
+    for alias in aliases:
+        if ModelRef(f"{name}@{alias}").alias != alias:
+            raise ConfigError(f"{alias!r} is no alias")
+
+
+# --- the index ------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Make the registry if there is none, and hold it against other publishers."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(descriptor, root)
+        if not (root / LAYOUT_FILE).is_file():
+            if any(root.iterdir()):
+                raise RegistryError(f"{root} is neither a registry nor empty")
+            (root / "blobs" / "sha256").mkdir(parents=True)
+            _write_index(root, [])
+            layout = json.dumps({"imageLayoutVersion": "1.0.0"})
+            replace(root / LAYOUT_FILE, layout.encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RegistryError(f"{root}: somebody else publishes; try again") from error
+
+
+def _read_index(root: Path) -> list[Descriptor]:
+    raw = (root / INDEX_FILE).read_bytes()
+    parse_index(raw, str(root / INDEX_FILE))
+    index: list[Descriptor] = json.loads(raw)["manifests"]
+    return index
+
+
+def _write_index(root: Path, index: list[Descriptor]) -> None:
+    text = json.dumps(
+        {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": index}, indent=1
+    )
+    replace(root / INDEX_FILE, text.encode())
+
+
+def _versions(index: list[Descriptor], name: str) -> list[Descriptor]:
+    return [n for n in index if n.get("annotations", {}).get(NAME) == name]
+
+
+def _model(node: Descriptor) -> Resolved:
+    notes = node["annotations"]
+    return Resolved(notes[NAME], notes[VERSION], notes[DIGEST])
+
+
+def _check_not_taken(index: list[Descriptor], model: Resolved, root: Path) -> None:
+    for node in _versions(index, model.name):
+        there = _model(node)
+        if there.version == model.version and there.digest != model.digest:
+            raise RegistryError(
+                f"{root} has {model.name}:{model.version} already, with other content "
+                f"({there.digest}): a version never changes; publish a new one"
+            )
+
+
+def _put(index: list[Descriptor], new: Descriptor) -> None:
+    """Put the version in its place, or at the end as the newest."""
+    for position, node in enumerate(index):
+        if new["annotations"][REF_NAME] == node.get("annotations", {}).get(REF_NAME):
+            new["annotations"][ALIASES] = node["annotations"].get(ALIASES, "")
+            index[position] = new
+            return
+    index.append(new)
+
+
+def _point(index: list[Descriptor], model: Resolved, aliases: Collection[str]) -> None:
+    """Give the aliases to this version, and take them from all others."""
+    for node in _versions(index, model.name):
+        notes = node["annotations"]
+        held = set(filter(None, notes.get(ALIASES, "").split(",")))
+        here = notes[VERSION] == model.version
+        held = held | set(aliases) if here else held - set(aliases)
+        notes[ALIASES] = ",".join(sorted(held))
+
+
+# --- the blobs ------------------------------------------------------------------
+
+
+def _write_image(
+    root: Path, model: Resolved, files: Mapping[str, memoryview]
+) -> Descriptor:
+    layers = []
+    for name, content in sorted(files.items()):
+        layer = _write_blob(root, content)
+        signature = name in SIGNATURE_FILES
+        layer["mediaType"] = BUNDLE_TYPE if signature else "application/octet-stream"
+        layer["annotations"] = {TITLE: name}
+        layers.append(layer)
+    image = {
+        "schemaVersion": 2,
+        "mediaType": IMAGE_MANIFEST_TYPE,
+        "artifactType": ARTIFACT_TYPE,
+        "config": {"mediaType": EMPTY_TYPE, **_write_blob(root, memoryview(_EMPTY))},
+        "layers": layers,
+    }
+    descriptor = _write_blob(root, memoryview(json.dumps(image).encode()))
+    descriptor["mediaType"] = IMAGE_MANIFEST_TYPE
+    descriptor["artifactType"] = ARTIFACT_TYPE
+    descriptor["annotations"] = {
+        REF_NAME: f"{model.name}:{model.version}",
+        NAME: model.name,
+        VERSION: model.version,
+        DIGEST: model.digest,
+    }
+    sync_folder(root / "blobs" / "sha256")
+    return descriptor
+
+
+def _write_blob(root: Path, content: memoryview) -> Descriptor:
+    digest = hashlib.sha256(content).hexdigest()
+    path = root / "blobs" / "sha256" / digest
+    if not _holds(path, digest):
+        replace(path, content, mode=0o444)
+    return {"digest": f"sha256:{digest}", "size": len(content)}
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Tell whether a blob is there already and sound; a broken one is written anew."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest

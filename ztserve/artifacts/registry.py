@@ -1,0 +1,98 @@
+"""Where models come from: a registry, read only and not trusted.
+
+Whatever a registry answers is a claim until `loader.verify_model` has checked it;
+what it can do wrong at most is to be away. Five verbs, none of which writes.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from ztserve.errors import ConfigError, RegistryError
+from ztserve.types import ModelRef
+
+
+class Reader(Protocol):
+    """An open file of a model, read by ranges into memory of the caller's."""
+
+    size: int
+    """Its size in bytes, as far as the registry tells the truth."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view` from `offset`; return the bytes read, 0 at the end."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a registry says that a reference means; nothing of it is verified."""
+
+    name: str
+    version: str
+    """Empty for a directory that was not released yet."""
+    digest: str
+    """``sha256:<hex>`` of the manifest: the identity of the model."""
+
+    def __post_init__(self) -> None:
+        try:
+            ref = self.ref
+        except ConfigError as error:
+            raise RegistryError(f"the registry answers nonsense: {error}") from error
+        if (ref.name, ref.version or "") != (self.name, self.version):
+            raise RegistryError(f"the registry answers nonsense: {self.name!r}")
+
+    @property
+    def ref(self) -> ModelRef:
+        """The reference that is fixed to this very model; replicas get this one."""
+        version = f":{self.version}" if self.version else ""
+        return ModelRef(f"{self.name}{version}@{self.digest}")
+
+
+class Registry(Protocol):
+    """A store of signed models.
+
+    Each verb raises RegistryError where the store is away or answers nonsense, and
+    VerificationError where it answers with what can never be a signed model.
+    """
+
+    def resolve(self, ref: ModelRef) -> Resolved:
+        """Say which model a name, version, alias or digest means now."""
+
+    def signature(self, model: Resolved) -> bytes:
+        """Return the bundle that signs the model's manifest."""
+
+    def release(self, model: Resolved) -> bytes:
+        """Return the bundle that signs its name and version."""
+
+    def files(self, model: Resolved) -> Mapping[str, int]:
+        """List the model's files, name to size; all there are, signed or not."""
+
+    def open(self, model: Resolved, name: str) -> Reader:
+        """Open one of its files."""
+
+
+def open_registry(path: str | os.PathLike[str]) -> Registry:
+    """Open the registry at `path`: an OCI image layout, or one signed directory.
+
+    Reads nothing yet beyond telling the two apart; raises RegistryError where there
+    is nothing at `path` (now: a mount may still come).
+    """
+    # Here, not above: both implement the protocol and import it from this module.
+    from ztserve.artifacts.directory import DirectoryRegistry
+    from ztserve.artifacts.layout import LAYOUT_FILE, LayoutRegistry
+
+    root = Path(path).absolute()
+    if (root / LAYOUT_FILE).is_file():
+        return LayoutRegistry(root)
+    return DirectoryRegistry(root)

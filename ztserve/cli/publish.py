@@ -1,0 +1,45 @@
+"""``ztserve publish``: release a signed model as name:version into the registry."""
+
+import argparse
+from pathlib import Path
+
+from ztserve import config
+from ztserve.artifacts import TrustPolicy, publish, verify_model
+from ztserve.errors import ConfigError
+from ztserve.types import ModelRef
+
+HELP = "release a signed model as name:version, and put it into the registry"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("model", help="name:version")
+    parser.add_argument("--key", type=Path, help="default: the development deployer's")
+    parser.add_argument("--registry", type=Path, help="default: ztserve.toml's")
+    parser.add_argument(
+        "--alias", action="append", help="may be repeated (default: production)"
+    )
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Verify the trainer's signature, sign the release, publish."""
+    settings = config.load()
+    ref = ModelRef(chosen.model)
+    if ref.version is None:
+        raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
+    trust = TrustPolicy.load(settings.artifacts.trust_policy)
+    verify_model(chosen.directory, ref, trust, purpose="deploy")
+    signer = publish.load_signer(chosen.key or settings.state / "keys/deployer.pem")
+    publish.release_model(
+        chosen.directory, signer, name=ref.name, version=ref.version
+    )
+    model = publish.publish(
+        chosen.directory,
+        chosen.registry or settings.artifacts.registry,
+        name=ref.name,
+        version=ref.version,
+        aliases=chosen.alias or ["production"],
+    )
+    print(f"{model.name}:{model.version} {model.digest}")
+    return 0

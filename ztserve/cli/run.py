@@ -1,0 +1,56 @@
+"""``ztserve run module:app``: serve on this machine until Ctrl-C, without any proxy."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from ztserve import config
+from ztserve.serving.cluster import attached, deploy, statuses
+from ztserve.errors import ConfigError
+
+HELP = "serve module:app on a local Ray until Ctrl-C"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("app", help="module:name of a bound ZTDeployment")
+    parser.add_argument(
+        "--address", help="a running Ray cluster (default: start one here)"
+    )
+    parser.add_argument("--num-cpus", type=int, help="of the Ray started here")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Serve, say where, wait, and stop cleanly."""
+    settings = config.load()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with attached(chosen.address, num_cpus=chosen.num_cpus):
+        deploy(load(chosen.app))
+        names = services()
+        show.table("", ("deployment", "SPIFFE ID"), names)
+        for name, _ in names:
+            print(f"call it:  ztserve predict {name} --example")
+        print("serving; Ctrl-C stops it", flush=True)
+        try:
+            stop.wait()
+        except KeyboardInterrupt:
+            print("stopping")
+    return 0
+
+
+def load(name: str) -> Any:
+    """Import ``module:app`` from the working directory. Raises ConfigError."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(f"{name!r}: expected module:app, e.g. examples.digits:app")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported: {error}") from error

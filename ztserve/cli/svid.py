@@ -1,0 +1,55 @@
+"""``ztserve svid write``: this process's SVID as files, for stock clients."""
+
+import argparse
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from ztserve import config, identity
+
+HELP = "write the developer's SVID, key and trust bundle to files"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("action", choices=("write",))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--server", default="inference-service", help="the service to be called"
+    )
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Write svid.pem, key.pem (0600) and bundle.pem; print the target name."""
+    settings = config.load()
+    source = config.obtain_identity(settings)
+    svid, bundles = (current := source.current()).svid, current.bundles
+    chosen.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    roots = bundles[svid.id.trust_domain]
+    for name, text in (
+        ("svid.pem", svid.chain_pem()),
+        ("key.pem", svid.key_pem()),
+        ("bundle.pem", b"".join(_pem(root) for root in roots)),
+    ):
+        _write_private(chosen.folder / name, text)
+        print(chosen.folder / name)
+    namespace, _, service = chosen.server.rpartition("/")
+    server = settings.spiffe_id(service, namespace or None)
+    print(f"identity              {svid.id}, until {svid.not_after:%Y-%m-%d %H:%M} UTC")
+    print(f"server                {server}")
+    print(f"ssl_target_name_override  {identity.dns_name(server)}")
+    source.close()
+    return 0
+
+
+def _pem(der: bytes) -> bytes:
+    return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(data)

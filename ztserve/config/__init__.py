@@ -1,0 +1,35 @@
+"""What are we told? ztserve.toml and the environment, and rooms built of them."""
+
+from ztserve.config.environment import (
+    default_environment,
+    endpoint_socket,
+    environment,
+    ray_auth_mode,
+)
+from ztserve.config.rooms import (
+    agent_directory,
+    limits,
+    load_policies,
+    obtain_identity,
+    open_log,
+    record_refusal,
+)
+from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries, load
+
+__all__ = [
+    "DEVELOPMENT_DOMAIN",
+    "FILE",
+    "Settings",
+    "agent_directory",
+    "default_environment",
+    "endpoint_socket",
+    "entries",
+    "environment",
+    "limits",
+    "load",
+    "load_policies",
+    "obtain_identity",
+    "open_log",
+    "ray_auth_mode",
+    "record_refusal",
+]

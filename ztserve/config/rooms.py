@@ -1,0 +1,100 @@
+"""From settings to rooms: what replica, directory and gateway have in common."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ztserve import identity, transport
+from ztserve.audit import Log
+from ztserve.authorization import PolicySet
+from ztserve.config import environment
+from ztserve.config.settings import Settings
+from ztserve.errors import ConfigError
+from ztserve.types import Operation
+
+
+def obtain_identity(
+    settings: Settings, spiffe_id: identity.SpiffeId | None = None
+) -> identity.WorkloadSource:
+    """Get this process its identity from the node's agent.
+
+    With the embedded agent, `spiffe_id` is registered for this process first; None
+    means the identity that the agent gives to an unregistered process of this user.
+    Waits, bounded, for an agent that is away; raises IdentityError then.
+    """
+    wait_s = settings.identity.wait_s
+    named = environment.endpoint_socket()
+    if named is not None:
+        return identity.WorkloadSource(named, timeout_s=wait_s)
+    if settings.profile == "production":
+        raise ConfigError(
+            "profile production needs the node's SPIFFE agent: set "
+            "SPIFFE_ENDPOINT_SOCKET=unix:///path/of/its/socket"
+        )
+    folder = agent_directory(settings)
+    if spiffe_id is not None:
+        identity.register(folder / "admin.sock", spiffe_id, timeout_s=wait_s)
+    return identity.WorkloadSource(f"unix://{folder}/workload.sock", timeout_s=wait_s)
+
+
+def agent_directory(settings: Settings) -> Path:
+    """Return the private directory of the embedded agent's sockets."""
+    return identity.private_directory(settings.state)
+
+
+def open_log(
+    settings: Settings, service: str, name: str, source: identity.Source
+) -> Log:
+    """Open this process's own audit file, before anything else can happen."""
+    svid = source.current().svid
+    return Log(
+        settings.audit.directory / f"{service}-{name}.jsonl",
+        origin={
+            "service": service,
+            "replica": name,
+            "spiffe_id": str(svid.id),
+            "serial": f"{svid.serial:x}",
+        },
+        max_bytes=settings.audit.max_bytes,
+        reserve_bytes=settings.audit.reserve_bytes,
+    )
+
+
+def record_refusal(log: Log, refusal: transport.Refusal) -> None:
+    """Audit a call that was refused before there was a `types.Call`."""
+    log.refused(
+        refusal.path,
+        refusal.error,
+        principal=refusal.peer.id if refusal.peer else "",
+        address=f"{refusal.source_ip}:{refusal.source_port}",
+    )
+
+
+def load_policies(
+    settings: Settings,
+    *,
+    service: str,
+    namespace: str,
+    labels: Mapping[str, str] | None = None,
+    operations: Iterable[Operation],
+) -> PolicySet:
+    """Read the policies that bear on one workload; refuse what is not understood."""
+    return PolicySet.load(
+        settings.authorization.policies,
+        trust_domain=settings.identity.trust_domain,
+        namespace=namespace,
+        labels={"app": service, **(labels or {})},
+        operations=tuple(operations),
+    )
+
+
+def limits(settings: Settings) -> transport.Limits:
+    """Return the transport's limits as configured."""
+    chosen = settings.transport
+    return transport.Limits(
+        max_message_bytes=chosen.max_message_bytes,
+        max_call_s=chosen.max_call_s,
+        body_s=chosen.max_body_s,
+        max_in_flight=chosen.max_in_flight,
+        max_in_flight_per_principal=chosen.max_in_flight_per_principal,
+        max_connection_age_s=chosen.max_connection_age_s,
+    )

@@ -1,0 +1,38 @@
+"""Which call is the model's code working for?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from ztserve.types import Call
+
+_calls: ContextVar[tuple[Call, ...]] = ContextVar("ztserve_calls", default=())
+
+
+@contextmanager
+def working_for(calls: tuple[Call, ...]) -> Iterator[None]:
+    """Make `calls` current while the model's code runs."""
+    token = _calls.set(calls)
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+def current_calls() -> tuple[Call, ...]:
+    """Return the calls that the running step of `predict` serves; () outside one."""
+    return _calls.get()
+
+
+def current_call() -> Call:
+    """Return the one call that `predict` serves.
+
+    Raises RuntimeError outside of `predict`, and in a batch that joined several.
+    """
+    calls = _calls.get()
+    if len(calls) != 1:
+        where = "outside of predict" if not calls else f"a batch of {len(calls)} calls"
+        raise RuntimeError(
+            f"self.call names one call, and this is {where}; self.calls names them all"
+        )
+    return calls[0]

@@ -1,0 +1,106 @@
+"""The way of a request, in one straight function.
+
+::
+
+    wire ─▶ transport ─▶ Call ─▶ authorization ─▶ validation ─▶ Inputs ─▶ inference ─┐
+           mTLS, Peer           judged before the body is read            (batched)  │
+    wire ◀─ transport ◀─ Reply ◀──────────────────────────────────── filtering ◀─────┘
+                     audit holds one record around all of it, whatever happens
+
+The order of the rooms cannot be configured. A stream walks the same way: its text
+leaves piece by piece through the same filter.
+"""
+
+from collections.abc import Callable, Iterator
+
+from ztserve.audit import Log, Record
+from ztserve.authorization import PolicySet
+from ztserve.filtering import OutputFilter
+from ztserve.inference import Runner
+from ztserve.types import Call, Description, Receive, Reply
+from ztserve.validation import Validator
+
+
+class Pipeline:
+    """One deployment's rooms, in order. Thread-safe: one thread walks one call."""
+
+    def __init__(
+        self,
+        description: Description,
+        *,
+        policies: PolicySet,
+        validator: Validator,
+        runner: Runner,
+        outputs: OutputFilter,
+        log: Log,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._description = description
+        self._policies = policies
+        self._validator = validator
+        self._runner = runner
+        self._outputs = outputs
+        self._log = log
+        self._ready = ready
+
+    def infer(self, call: Call, receive: Receive) -> Reply:
+        """Answer one request; the record is written before the reply leaves.
+
+        Raises CallError for what the caller may be told, InferenceError for what only
+        the audit may, AuditError where the record cannot be written.
+        """
+        with self._record(call) as record:
+            record.rule = self._policies.authorize(call).rule
+            record.stage("authorization")
+            with self._runner.admit() as place:
+                request = receive()
+                record.received(request)
+                inputs = self._validator.check(request)
+                record.rows = inputs.rows
+                record.stage("validation")
+                outputs = place.run(call, inputs)
+                record.stage("inference")
+            reply = self._outputs.release(outputs, request.outputs)
+            record.released(reply)
+        return reply
+
+    def stream(self, call: Call, receive: Receive) -> Iterator[Reply]:
+        """Answer one request piece by piece.
+
+        A first record is written before the first piece leaves, the closing one
+        before the stream ends.
+        """
+        with self._record(call) as record:
+            record.rule = self._policies.authorize(call).rule
+            record.stage("authorization")
+            with self._runner.admit() as place:
+                request = receive()
+                record.received(request)
+                inputs = self._validator.check(request)
+                record.rows = inputs.rows
+                record.stage("validation")
+                release = self._outputs.stream(request.outputs)
+                for outputs in place.stream(call, inputs):
+                    piece = release.feed(outputs)
+                    if piece is not None:
+                        record.released(piece, last=False)
+                        yield piece
+            record.stage("inference")
+            last = release.close()
+            record.released(last)
+        if last is not None:
+            yield last
+
+    def describe(self, call: Call) -> Description:
+        """Answer live, ready and metadata calls, to those who may ask."""
+        with self._record(call) as record:
+            record.rule = self._policies.authorize(call).rule
+            record.described()
+        return self._description
+
+    def _record(self, call: Call) -> Record:
+        record = self._log.record(call)
+        record.model = self._description.model
+        record.version = self._description.version
+        record.digest = self._description.digest
+        return record

@@ -1,0 +1,6 @@
+"""How do replicas run, and where are they? The only room that knows Ray."""
+
+from ztserve.serving.deployment import ZTDeployment
+from ztserve.serving.replica import Replica
+
+__all__ = ["Replica", "ZTDeployment"]

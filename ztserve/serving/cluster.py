@@ -1,0 +1,100 @@
+"""A Ray cluster to serve on: started here, or attached to; deploy, status, shutdown."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ztserve import config
+from ztserve.errors import ConfigError, ZTServeError
+
+RAY_ENVIRONMENT = {
+    # Without it a second shell cannot attach, and any process could run code in ours.
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+_OURS = re.compile(r"ztserve\.\S*?(\w+): (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Status:
+    """One deployment, as Serve and its replicas see it."""
+
+    app: str
+    deployment: str
+    state: str
+    replicas: str
+    why: str
+    """Begins with our own sentence, where a replica refused to start."""
+
+
+class DeployFailed(ZTServeError):
+    """The application did not come up; the message is the replica's own sentence."""
+
+
+@contextmanager
+def attached(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Start Ray on this machine, or attach to `address`; without any Serve proxy.
+
+    What was started here ends with the block.
+    """
+    config.default_environment(RAY_ENVIRONMENT)
+    if config.ray_auth_mode() != "token":
+        raise ConfigError("RAY_AUTH_MODE must be token: export RAY_AUTH_MODE=token")
+    import ray  # noqa: PLC0415 - after its environment is set
+    from ray import serve  # noqa: PLC0415
+
+    started = address is None
+    ray.init(
+        address=address,
+        namespace="serve",
+        num_cpus=num_cpus if started else None,
+        include_dashboard=False if started else None,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        yield
+    finally:
+        if started:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(app: Any, name: str = "default") -> None:
+    """Deploy `app` and wait until it runs.
+
+    Raises DeployFailed with our own sentence; replicas of a version before keep
+    answering then.
+    """
+    from ray import serve  # noqa: PLC0415 - only where Ray is meant to be
+
+    try:
+        serve.run(app, name=name, route_prefix=None)
+    except RuntimeError as error:
+        found = [s.why for s in statuses() if s.app == name and s.why]
+        raise DeployFailed(found[0] if found else str(error)) from error
+
+
+def statuses() -> list[Status]:
+    """Return how each deployment is doing."""
+    from ray import serve  # noqa: PLC0415
+
+    rows = []
+    for app_name, app in serve.status().applications.items():
+        for name, deployment in app.deployments.items():
+            counts = ", ".join(
+                f"{count} {state}" for state, count in deployment.replica_states.items()
+            )
+            state = getattr(deployment.status, "value", deployment.status)
+            why = our_sentence(deployment.message)
+            rows.append(Status(app_name, name, str(state), counts, why))
+    return rows
+
+
+def our_sentence(message: str) -> str:
+    """Return the refusal in Serve's message, without the traceback around it."""
+    found = _OURS.search(message)
+    return f"{found[1]}: {found[2].strip()}" if found else message.strip()

@@ -1,0 +1,74 @@
+"""Every private import of Ray, and nothing else.
+
+Each name is held to by ``tests/contract/test_ray_private.py``, which says on which
+Ray versions it ran.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
+from ray.serve.context import _get_serve_request_context
+from ray.serve.deployment import Application, Deployment
+
+__all__ = [
+    "Application",
+    "controller_is_up",
+    "deployment_of",
+    "follow",
+    "is_serve_request",
+    "is_token_auth_enabled",
+    "replica_options",
+]
+
+
+def is_serve_request() -> bool:
+    """Is this code running on behalf of a Serve handle or proxy?"""
+    return bool(_get_serve_request_context().request_id)
+
+
+def deployment_of(application: Application) -> Deployment:
+    """Return the deployment that `bind` wrapped."""
+    deployment: Deployment = application._bound_deployment  # noqa: SLF001
+    return deployment
+
+
+def replica_options() -> tuple[int, float]:
+    """Return this replica's max_ongoing_requests and graceful_shutdown_timeout_s."""
+    config = ray.serve.get_replica_context()._deployment_config  # noqa: SLF001
+    return config.max_ongoing_requests, config.graceful_shutdown_timeout_s
+
+
+def controller_is_up() -> bool:
+    """Does this cluster run Serve?"""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def follow(
+    app: str,
+    deployment: str,
+    changed: Callable[[Sequence[Mapping[str, Any]]], None],
+    loop: asyncio.AbstractEventLoop,
+) -> LongPollClient:
+    """Call `changed` with the metadata of all running replicas, now and ever after.
+
+    Raises ValueError where Serve does not run.
+    """
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+
+    def updated(targets: Any) -> None:
+        changed([info.replica_metadata or {} for info in targets.running_replicas])
+
+    key = (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(deployment, app))
+    return LongPollClient(
+        controller, {key: updated}, call_in_event_loop=loop, client_id="ztserve"
+    )

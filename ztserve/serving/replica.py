@@ -1,0 +1,294 @@
+"""One replica: its rooms, built from the settings around a user's class. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ztserve import transport
+from ztserve.artifacts import (
+    Registry,
+    TrustPolicy,
+    VerifiedModel,
+    open_registry,
+    verify_model,
+)
+from ztserve.config import (
+    Settings,
+    limits,
+    load_policies,
+    open_log,
+    record_refusal,
+)
+from ztserve.errors import ArtifactError, ConfigError, IdentityError, RegistryError
+from ztserve.filtering import OutputFilter, TextFilter
+from ztserve.identity import Source
+from ztserve.inference import Runner
+from ztserve.pipeline import Pipeline
+from ztserve.types import Description, ModelRef, TextSpec, operations
+from ztserve.validation import Validator
+
+if TYPE_CHECKING:
+    from ztserve.serving.deployment import ZTDeployment
+
+T = TypeVar("T")
+
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a deployment is, frozen when it is bound: all its replicas agree on it."""
+
+    settings: Settings
+    models: Mapping[str, ModelRef]
+    """By part; the sole part of most models is ''."""
+    deploy: str
+    """Names this deploy: aliases are resolved once under it."""
+    max_ongoing: int = 32
+    max_queued: int = 64
+
+
+class Replica:
+    """A running deployment: an mTLS address that answers verified callers.
+
+    Args:
+        deployment: the user's class.
+        plan: what was frozen at bind.
+        source: this replica's own identity.
+        name: names the replica in the audit.
+        pin: given the resolved digest of a part, returns the one that this deploy uses.
+        whole_process: this process serves nothing else, so that the handshakes that it
+            refused are this replica's.
+
+    """
+
+    def __init__(
+        self,
+        deployment: type[ZTDeployment],
+        plan: Plan,
+        source: Source,
+        *,
+        name: str,
+        pin: Callable[[str, str], str] = lambda _part, digest: digest,
+        whole_process: bool = False,
+    ) -> None:
+        self.deployment = deployment
+        self.plan = plan
+        self.source = source
+        self._pin = pin
+        self._whole_process = whole_process
+        self._log = open_log(plan.settings, deployment.service, name, source)
+        self._policies = load_policies(
+            plan.settings,
+            service=deployment.service,
+            namespace=plan.settings.identity.namespace,
+            labels=deployment.labels,
+            operations=operations(self.model_name).values(),
+        )
+        self._server: transport.Server | None = None
+        self._runner: Runner | None = None
+        self.address = ""
+        self.description: Description | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The name by which callers ask for the model."""
+        sole = self.plan.models.get("")
+        return sole.name if sole else self.deployment.service
+
+    @property
+    def ongoing(self) -> int:
+        """Calls that are running or queued."""
+        return self._runner.ongoing if self._runner else 0
+
+    def start(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> str:
+        """Verify and load the weights, then open the door; return the address.
+
+        Raises VerificationError at once; waits, bounded, for a registry that is away.
+        """
+        try:
+            models = self._verified()
+        except ArtifactError as error:
+            self._log.event(
+                "model-refused", status_code=type(error).__name__, reason=str(error)
+            )
+            raise
+        instance = self._loaded(models, args, kwargs)
+        self.description = self._describe(models)
+        self._runner = Runner(
+            instance.predict,
+            inputs=self.deployment.inputs,
+            outputs=self.deployment.outputs,
+            batch=self.deployment.batch,
+            device=instance.device,
+            max_ongoing=self.plan.max_ongoing,
+            max_queued=self.plan.max_queued,
+        )
+        self._server = self._serve(self._pipeline(self._runner))
+        settings = self.plan.settings.transport
+        host, port = self._server.start(
+            settings.host, range(settings.first_port, settings.last_port + 1)
+        )
+        self.address = f"{host}:{port}"
+        self._log.event(
+            "replica-started", address=self.address, digest=self.description.digest
+        )
+        return self.address
+
+    def check_health(self) -> None:
+        """Raise where the replica cannot answer: no valid SVID, or no open door."""
+        self.source.current()
+        if self._server is None:
+            raise IdentityError("the mTLS server is not running")
+
+    def stop(self, grace_s: float) -> None:
+        """Stop taking calls, let the running ones end within `grace_s`, then close."""
+        if self._server is not None:
+            self._server.stop(grace_s)
+            self._server = None
+        if self._runner is not None:
+            self._runner.close()
+        self._log.event("replica-stopped", address=self.address)
+        self._log.close()
+
+    # --- start-up -----------------------------------------------------------------
+
+    def _verified(self) -> dict[str, VerifiedModel]:
+        if not self.plan.models:
+            return {}
+        artifacts = self.plan.settings.artifacts
+        trust = TrustPolicy.load(artifacts.trust_policy)
+        registry = self._patiently(lambda: open_registry(artifacts.registry))
+        return {
+            part: self._verify(registry, part, ref, trust)
+            for part, ref in self.plan.models.items()
+        }
+
+    def _verify(
+        self, registry: Registry, part: str, ref: ModelRef, trust: TrustPolicy
+    ) -> VerifiedModel:
+        resolved = self._patiently(lambda: registry.resolve(ref))
+        pinned = ref.pinned(self._pin(part, resolved.digest))
+        model = self._patiently(lambda: verify_model(registry, pinned, trust))
+        self._log.event(
+            "model-verified",
+            model=model.name,
+            version=model.version,
+            digest=model.digest,
+            signers=", ".join(map(str, model.signers)),
+        )
+        return model
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        until = time.monotonic() + self.plan.settings.artifacts.wait_s
+        while True:
+            try:
+                return attempt()
+            except RegistryError as error:
+                if time.monotonic() >= until:
+                    raise
+                self._log.event("registry-away", reason=str(error))
+                time.sleep(_RETRY_S)
+
+    def _loaded(
+        self,
+        models: Mapping[str, VerifiedModel],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> ZTDeployment:
+        instance = self.deployment(*args, **kwargs)
+        instance.device = _device()
+        sole = models.get("")
+        _finish(instance.load(sole if sole is not None else (dict(models) or None)))
+        return instance
+
+    def _describe(self, models: Mapping[str, VerifiedModel]) -> Description:
+        sole = models.get("")
+        version, digest = (sole.version, sole.digest) if sole else ("", "")
+        if models and sole is None:
+            parts = "".join(
+                f"{part}={m.digest}\n" for part, m in sorted(models.items())
+            )
+            digest = "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
+        return Description(
+            model=self.model_name,
+            version=version,
+            digest=digest,
+            inputs=self.deployment.inputs,
+            outputs=self.deployment.outputs,
+        )
+
+    def _pipeline(self, runner: Runner) -> Pipeline:
+        settings = self.plan.settings
+        outputs = self.deployment.outputs
+        text = any(isinstance(spec, TextSpec) for spec in outputs)
+        if self.description is None:
+            raise ConfigError("a replica is described before its pipeline is built")
+        return Pipeline(
+            self.description,
+            policies=self._policies,
+            validator=Validator(
+                self.deployment.inputs,
+                model=self.model_name,
+                max_rows=settings.validation.max_rows,
+                max_bytes=settings.transport.max_message_bytes,
+            ),
+            runner=runner,
+            outputs=OutputFilter(
+                outputs,
+                text=TextFilter.default() if text else None,
+                max_bytes=settings.filtering.max_output_bytes,
+            ),
+            log=self._log,
+        )
+
+    def _serve(self, pipeline: Pipeline) -> transport.Server:
+        version = self.description.version if self.description else ""
+        log = self._log
+        return transport.Server(
+            transport.inference_methods(pipeline, self.model_name, version),
+            source=self.source,
+            limits=limits(self.plan.settings),
+            delegates=self.plan.settings.authorization.delegates,
+            on_refused=lambda refusal: record_refusal(log, refusal),
+            on_handshake_refused=log.refused_handshakes if self._whole_process else None,
+        )
+
+
+def _device() -> Any:
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.device("cuda")
+    return "cpu"
+
+
+def _finish(result: Any) -> None:
+    """Run an async `load` to its end, on a loop and a thread of its own."""
+    if not inspect.isawaitable(result):
+        return
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(_awaited(result))
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="ztserve-load")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+async def _awaited(result: Any) -> None:
+    await result

@@ -1,0 +1,136 @@
+"""What Ray Serve instantiates: a shell that hides the user's class.
+
+Serve keeps placement, health, scaling, rolling update and drain, through the hooks
+below. Handles and proxies reach nothing: every attribute that they ask for is refused.
+That is hygiene, not a boundary: whoever holds the cluster's token can run code in any
+replica of it.
+"""
+
+import asyncio
+import os
+import traceback
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ray import serve
+
+from ztserve import transport
+from ztserve.errors import ConfigError, Denied, ZTServeError
+from ztserve.identity import harden_process
+from ztserve.serving import node, ray_private
+from ztserve.serving.composition import Composed
+from ztserve.serving.replica import Plan, Replica
+
+if TYPE_CHECKING:
+    from ztserve.serving.deployment import ZTDeployment
+
+_HEARD_S = 0.5
+"""How long callers have to hear from the directory that a replica is leaving."""
+
+
+class Shell:
+    """One replica as Serve sees it."""
+
+    _ztserve_deployment: ClassVar[type["ZTDeployment"]]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "__class__" and ray_private.is_serve_request():
+            cls = type(self)._ztserve_deployment  # noqa: SLF001
+            raise Denied(
+                f"{cls.__name__} answers only verified callers over mTLS, not Ray "
+                "handles or Serve's proxy: use ztserve.Client"
+                f"('<namespace>/{cls.service}', ...), the gateway, or `ztserve predict`"
+            )
+        return object.__getattribute__(self, name)
+
+    @classmethod
+    def deployment(cls) -> type["ZTDeployment"]:
+        """Return the user's class."""
+        return cls._ztserve_deployment
+
+    async def __init__(
+        self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # Serve prints the constructor's traceback from the top: a cause without one
+        # comes first, so that the message begins with our sentence.
+        try:
+            self._replica, self._node = await asyncio.to_thread(
+                _start, self.deployment(), plan, args, kwargs
+            )
+        except ZTServeError as error:
+            traceback.print_exc()
+            raise StartupRefused(str(error)) from error.with_traceback(None)
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Tell the directory, through Serve, where this replica answers."""
+        description = self._replica.description
+        return {
+            "ztserve": True,
+            "address": self._replica.address,
+            "model": description.model if description else "",
+            "version": description.version if description else "",
+            "digest": description.digest if description else "",
+            "pid": os.getpid(),
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Let Serve's default policy scale on direct traffic, running plus queued."""
+        return {"running_requests": float(self._replica.ongoing)}
+
+    async def check_health(self) -> None:
+        """Raise where this replica cannot answer."""
+        self._replica.check_health()
+        self._node.remind()
+
+    async def __del__(self) -> None:
+        replica = self.__dict__.get("_replica")
+        if replica is not None:
+            _, grace_s = ray_private.replica_options()
+            await asyncio.sleep(min(_HEARD_S, grace_s / 2))
+            await asyncio.to_thread(replica.stop, max(grace_s - 2 * _HEARD_S, 0.1))
+            await asyncio.to_thread(self._node.close)
+
+
+class StartupRefused(ConfigError):
+    """A replica refused to start; its message says why and what to do."""
+
+
+def _start(
+    cls: type["ZTDeployment"], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Replica, node.Membership]:
+    from ztserve.serving.binding import Remote
+
+    harden_process()
+    context = serve.get_replica_context()
+    member = node.join(
+        plan.settings,
+        service=cls.service,
+        app=context.app_name,
+        deployment=context.deployment,
+    )
+
+    def compose(value: Any) -> Any:
+        if not isinstance(value, Remote):
+            return value
+        client = transport.Client(
+            f"{value.namespace}/{value.service}",
+            source=member.source,
+            directory=member.directory,
+            directory_id=plan.settings.directory_id,
+        )
+        return Composed(client, value.inputs, value.outputs)
+
+    replica = Replica(
+        cls,
+        plan,
+        member.source,
+        name=context.replica_id.unique_id,
+        pin=lambda part, digest: member.pin(
+            f"{plan.deploy}/{cls.service}/{part}", digest
+        ),
+    )
+    replica.start(
+        tuple(compose(value) for value in args),
+        {name: compose(value) for name, value in kwargs.items()},
+    )
+    member.remind()
+    return replica, member

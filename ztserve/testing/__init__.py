@@ -1,0 +1,28 @@
+"""What do users' tests and ours need?
+
+Throw-away authorities and doubles that are public, real where it matters, and never
+imported by what ships.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ztserve.testing.authority import ForgedSource, ThrowAwayAuthority
+    from ztserve.testing.serving import Served, serve
+
+_HOME = {
+    "ForgedSource": "ztserve.testing.authority",
+    "Served": "ztserve.testing.serving",
+    "ThrowAwayAuthority": "ztserve.testing.authority",
+    "serve": "ztserve.testing.serving",
+}
+
+__all__ = ["ForgedSource", "Served", "ThrowAwayAuthority", "serve"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that a test pays only for the rooms that it uses.
+    if name not in _HOME:
+        raise AttributeError(f"module 'ztserve.testing' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

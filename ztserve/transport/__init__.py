@@ -1,0 +1,33 @@
+"""How does a call arrive, and a reply leave?
+
+`Server` answers over mutual TLS 1.3 gRPC what `inference_methods` or
+`directory_methods` say, within `Limits`. `Client` and `AsyncClient` call it, and know
+its exact SPIFFE ID before a byte of a request leaves.
+"""
+
+from ztserve.transport.arrival import Refusal
+from ztserve.transport.directory import (
+    WATCH,
+    Directory,
+    Endpoint,
+    directory_methods,
+)
+from ztserve.transport.handshakes import watch_handshakes
+from ztserve.transport.limits import Limits
+from ztserve.transport.methods import Method, inference_methods
+from ztserve.transport.server import Server
+from ztserve.transport.status import http_status
+
+__all__ = [
+    "WATCH",
+    "Directory",
+    "Endpoint",
+    "Limits",
+    "Method",
+    "Refusal",
+    "Server",
+    "directory_methods",
+    "http_status",
+    "inference_methods",
+    "watch_handshakes",
+]

@@ -1,0 +1,155 @@
+"""From a gRPC call to `types.Call`: who, for whom, what, until when, from where."""
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from urllib.parse import unquote
+
+import grpc
+
+from ztserve.errors import CallError, Unauthenticated
+from ztserve.transport import callers
+from ztserve.transport.credentials import Facts, ServerCredentials
+from ztserve.types import Call, Caller, Operation, Peer
+
+WITHHELD = "zt-"
+"""Metadata under this prefix is between our own parts: no other room sees it."""
+DROPPED = "caller header dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A call that was refused before there was a `types.Call`, for the audit."""
+
+    path: str
+    error: CallError
+    peer: Peer | None
+    """None: the peer's identity itself did not hold."""
+    source_ip: str
+    source_port: int
+
+
+class Reception:
+    """Makes the Calls of one server. Thread-safe."""
+
+    def __init__(
+        self,
+        credentials: ServerCredentials,
+        *,
+        delegates: Collection[str],
+        host: str,
+        port: int,
+    ) -> None:
+        self._credentials = credentials
+        self._delegates = frozenset(delegates)
+        self._host = host
+        self._port = port
+
+    def call(
+        self,
+        context: grpc.ServicerContext,
+        peer: Peer,
+        operation: Operation,
+        longest_s: float,
+    ) -> Call:
+        """Return the Call that has just arrived from the verified `peer`.
+
+        Its deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
+        where a delegate's caller header does not hold.
+        """
+        headers = _NO_HEADERS
+        caller: Caller | None = None
+        notes: tuple[str, ...] = ()
+        metadata = context.invocation_metadata()
+        if metadata:
+            headers, asserted = _sorted(metadata)
+            if asserted:
+                caller, notes = self._caller(asserted, peer)
+        source_ip, source_port = source(context.peer())
+        remaining_s = context.time_remaining()
+        return Call(
+            id=new_id(),
+            peer=peer,
+            caller=caller,
+            operation=operation,
+            deadline=time.monotonic() + min(remaining_s, longest_s),
+            headers=headers,
+            host=self._host,
+            port=self._port,
+            source_ip=source_ip,
+            source_port=source_port,
+            notes=notes,
+            cancelled=_Cancelled(context),
+        )
+
+    def again(self, call: Call, facts: Facts) -> Call:
+        """Return the Call of a stream's next message: same words, judged anew.
+
+        Raises Unauthenticated where the peer's identity does not hold any more.
+        """
+        return replace(call, id=new_id(), peer=self._credentials.peer(facts))
+
+    def _caller(
+        self, asserted: list[bytes], peer: Peer
+    ) -> tuple[Caller | None, tuple[str, ...]]:
+        if peer.id not in self._delegates:
+            return None, (DROPPED,)
+        if len(asserted) > 1:
+            raise Unauthenticated(callers.PUBLIC, f"{len(asserted)} caller headers")
+        ours = self._credentials.id
+        return callers.read(asserted[0], audience=ours, peer=peer), ()
+
+
+class _Cancelled:
+    """Whether the caller went away: `Call.cancelled`."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+
+    def __call__(self) -> bool:
+        return not self._context.is_active()
+
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+def _sorted(
+    metadata: Collection[tuple[str, str | bytes]],
+) -> tuple[Mapping[str, str], list[bytes]]:
+    """Return what rooms may see, and the caller headers.
+
+    A header given twice is one of both values (RFC 9110, 5.3). Binary ones are
+    dropped: no policy can speak of them.
+    """
+    headers: dict[str, str] = {}
+    asserted: list[bytes] = []
+    for name, value in metadata:
+        if name.startswith(WITHHELD):
+            if name == callers.HEADER and isinstance(value, bytes):
+                asserted.append(value)
+        elif isinstance(value, str):
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return MappingProxyType(headers), asserted
+
+
+def source(peer: str) -> tuple[str, int]:
+    """Return address and port of gRPC's name for the other end of a connection.
+
+    ``ipv4:127.0.0.1:4000`` or ``ipv6:%5B::1%5D:4000``; else the text itself and 0.
+    """
+    kind, _, rest = peer.partition(":")
+    address, _, port = rest.rpartition(":")
+    if kind not in ("ipv4", "ipv6") or not port.isdecimal():
+        return peer, 0
+    if kind == "ipv6":
+        address = unquote(address).strip("[]")
+    return address, int(port)
+
+
+def new_id() -> str:
+    """Return a fresh call id: 128 random bits in hex."""
+    return os.urandom(16).hex()

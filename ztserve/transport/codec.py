@@ -1,0 +1,228 @@
+"""Messages of the Open Inference Protocol <-> the values between rooms.
+
+Nothing here judges a tensor: that is validation's part. What is refused is what has
+no meaning at all: two kinds of contents at once, a field of another datatype, a
+number outside of its datatype, broken length prefixes. Each refusal names the tensor.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from ztserve.errors import InvalidInput
+from ztserve.transport.v1 import inference_pb2 as pb
+from ztserve.types import (
+    DATATYPES,
+    Description,
+    Reply,
+    Request,
+    Spec,
+    Tensor,
+    TextSpec,
+)
+
+MAX_TENSORS = 256
+MAX_DIMENSIONS = 16
+MAX_NAME = 256
+"""Longest name, id or version in a request, in characters."""
+
+# The field of InferTensorContents that holds each datatype; FP16 and BF16 have none.
+_FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "BOOL": "bool_contents",
+        "INT8": "int_contents",
+        "INT16": "int_contents",
+        "INT32": "int_contents",
+        "INT64": "int64_contents",
+        "UINT8": "uint_contents",
+        "UINT16": "uint_contents",
+        "UINT32": "uint_contents",
+        "UINT64": "uint64_contents",
+        "FP32": "fp32_contents",
+        "FP64": "fp64_contents",
+        "BYTES": "bytes_contents",
+    }
+)
+_NARROW: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "INT8": (-(1 << 7), (1 << 7) - 1),
+        "INT16": (-(1 << 15), (1 << 15) - 1),
+        "UINT8": (0, (1 << 8) - 1),
+        "UINT16": (0, (1 << 16) - 1),
+    }
+)
+"""Datatypes that travel in a wider field, with their least and greatest number."""
+_LENGTH = struct.Struct("<I")
+
+Contents: TypeAlias = bytes | tuple[bytes, ...]
+
+
+M = TypeVar("M", bound=Message)
+
+
+def parse(kind: type[M], message: bytes) -> M:
+    """Return `message` as a protobuf message of `kind`, or raise InvalidInput."""
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        raise InvalidInput(
+            f"the message is not a valid {kind.__name__}: see the Open Inference "
+            "Protocol, version 2"
+        ) from None
+
+
+# --- request --------------------------------------------------------------------
+
+
+def request(message: bytes) -> Request:
+    """Return one ModelInferRequest as a Request, or raise InvalidInput."""
+    m = parse(pb.ModelInferRequest, message)
+    inputs, raw = m.inputs, m.raw_input_contents
+    if len(inputs) > MAX_TENSORS or len(m.outputs) > MAX_TENSORS:
+        raise InvalidInput(
+            f"the request has {max(len(inputs), len(m.outputs))} tensors, the limit "
+            f"is {MAX_TENSORS}"
+        )
+    if raw and len(raw) != len(inputs):
+        raise InvalidInput(
+            f"raw_input_contents has {len(raw)} entries for {len(inputs)} inputs: "
+            "give one for each input, in the same order, or none"
+        )
+    name, version, own_id = m.model_name, m.model_version, m.id
+    if max(len(name), len(version), len(own_id)) > MAX_NAME:
+        raise InvalidInput(
+            f"model_name, model_version and id have at most {MAX_NAME} characters"
+        )
+    if raw:
+        tensors = tuple(map(_raw_tensor, inputs, raw))
+    else:
+        tensors = tuple(map(_typed_tensor, inputs))
+    outputs = tuple(output.name for output in m.outputs)
+    return Request(name, version, own_id, tensors, outputs, len(message))
+
+
+def _shape(t: pb.ModelInferRequest.InferInputTensor) -> tuple[int, ...]:
+    shape = tuple(t.shape)
+    if len(shape) > MAX_DIMENSIONS or len(t.name) > MAX_NAME:
+        raise InvalidInput(
+            f"input {t.name[:MAX_NAME]!r}: at most {MAX_DIMENSIONS} dimensions and "
+            f"{MAX_NAME} characters of name"
+        )
+    return shape
+
+
+def _raw_tensor(t: pb.ModelInferRequest.InferInputTensor, raw: bytes) -> Tensor:
+    name, datatype = t.name, t.datatype
+    shape = _shape(t)
+    if t.HasField("contents"):
+        raise InvalidInput(
+            f"input {name!r} has both raw_input_contents and contents: give one"
+        )
+    if datatype == "BYTES":
+        return Tensor(name, datatype, shape, strings(raw, f"input {name!r}"))
+    return Tensor(name, datatype, shape, raw)
+
+
+def _typed_tensor(t: pb.ModelInferRequest.InferInputTensor) -> Tensor:
+    name, datatype = t.name, t.datatype
+    return Tensor(name, datatype, _shape(t), _typed(t.contents, name, datatype))
+
+
+def _typed(contents: pb.InferTensorContents, name: str, datatype: str) -> Contents:
+    field = _FIELDS.get(datatype)
+    if field is None:
+        raise InvalidInput(
+            f"input {name!r}: datatype {datatype[:32]!r} has no typed contents; send "
+            "FP16 and BF16 in raw_input_contents, or one of " + ", ".join(_FIELDS)
+        )
+    for other, _ in contents.ListFields():
+        if other.name != field:
+            raise InvalidInput(
+                f"input {name!r}: {other.name} is filled, but {datatype} elements "
+                f"belong in {field}"
+            )
+    values = getattr(contents, field)
+    if datatype == "BYTES":
+        return tuple(values)
+    dtype = DATATYPES[datatype]
+    if datatype in _NARROW:
+        return _narrowed(np.array(values, dtype="<i8"), name, datatype)
+    return np.array(values, dtype=dtype).tobytes()
+
+
+def _narrowed(
+    wide: np.ndarray[tuple[int], np.dtype[np.int64]], name: str, datatype: str
+) -> bytes:
+    least, most = _NARROW[datatype]
+    if wide.size and (wide.min() < least or wide.max() > most):
+        raise InvalidInput(
+            f"input {name!r}: an element is outside of {datatype} ({least}..{most})"
+        )
+    return wide.astype(DATATYPES[datatype]).tobytes()
+
+
+def strings(raw: bytes, where: str) -> tuple[bytes, ...]:
+    """Return the elements of a raw BYTES tensor; each follows its uint32 length."""
+    found: list[bytes] = []
+    at, end = 0, len(raw)
+    while at < end:
+        if at + 4 > end:
+            raise InvalidInput(f"{where}: {end - at} stray bytes after the last string")
+        start = at + 4
+        at = start + _LENGTH.unpack_from(raw, start - 4)[0]
+        if at > end:
+            raise InvalidInput(
+                f"{where}: a string claims {at - start} bytes, {end - start} are left"
+            )
+        found.append(raw[start:at])
+    return tuple(found)
+
+
+# --- reply ----------------------------------------------------------------------
+
+
+def reply(
+    answer: Reply, model: str, version: str, own_id: str
+) -> pb.ModelInferResponse:
+    """Return `answer` as a message; its tensors travel raw."""
+    m = pb.ModelInferResponse(model_name=model, model_version=version, id=own_id)
+    for tensor in answer.outputs:
+        m.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        m.raw_output_contents.append(raw(tensor.data))
+    return m
+
+
+def raw(data: bytes | memoryview | tuple[bytes, ...]) -> bytes:
+    """Return a tensor's data as it travels in raw contents."""
+    if isinstance(data, tuple):
+        return b"".join(_LENGTH.pack(len(one)) + one for one in data)
+    return data if isinstance(data, bytes) else bytes(data)
+
+
+def metadata(about: Description) -> pb.ModelMetadataResponse:
+    """Return what a deployment tells of itself."""
+    return pb.ModelMetadataResponse(
+        name=about.model,
+        versions=[about.version],
+        platform="ztserve",
+        inputs=_specs(about.inputs),
+        outputs=_specs(about.outputs),
+        properties={"digest": about.digest},
+    )
+
+
+_Declared: TypeAlias = pb.ModelMetadataResponse.TensorMetadata
+
+
+def _specs(specs: Iterable[Spec]) -> list[_Declared]:
+    make: Callable[..., _Declared] = pb.ModelMetadataResponse.TensorMetadata
+    return [
+        make(name=spec.name, datatype="BYTES", shape=[1])
+        if isinstance(spec, TextSpec)
+        else make(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+        for spec in specs
+    ]

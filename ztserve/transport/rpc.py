@@ -1,0 +1,116 @@
+"""One call on the wire: its messages, and the patience that it is given."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import grpc
+
+from ztserve.errors import CallError, Cancelled, DeadlineExceeded, InvalidInput
+from ztserve.transport.limits import Limits
+
+SWEEP_S = 0.25
+GRACE_S = 1.0
+"""After a deadline, so that the rooms' own DeadlineExceeded comes first."""
+
+
+class Rpc:
+    """A call that is running: reads its messages within bytes and time.
+
+    `due` is the moment (`time.monotonic`) at which the `Reaper` cancels it.
+    """
+
+    __slots__ = ("_limits", "_messages", "context", "deadline", "due", "still")
+
+    def __init__(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext, limits: Limits
+    ) -> None:
+        self._messages = messages
+        self._limits = limits
+        self.context = context
+        self.deadline = self.due = float("inf")
+        self.still: Callable[[], object] | None = None
+        """Raises CallError once the peer may not go on; asked at each sweep."""
+
+    def read(self) -> bytes:
+        """Return the first message, whole.
+
+        Raises InvalidInput, DeadlineExceeded or Cancelled.
+        """
+        message = self._next(self._limits.body_s, "the request did not arrive within")
+        if message is None:
+            raise InvalidInput("the call carried no message")
+        return message
+
+    def more(self) -> bytes | None:
+        """Return a stream's next message, or None where the caller sent its last."""
+        return self._next(self._limits.stream_idle_s, "the stream was silent for")
+
+    def sending(self) -> None:
+        """Bound the time that the caller takes to accept a piece of the answer."""
+        self.due = time.monotonic() + self._limits.stream_idle_s
+
+    def running(self) -> None:
+        """Bound the call by its own deadline."""
+        self.due = self.deadline + GRACE_S
+
+    def _next(self, patience_s: float, complaint: str) -> bytes | None:
+        self.due = time.monotonic() + patience_s
+        try:
+            message = next(self._messages, None)
+        except grpc.RpcError:
+            if time.monotonic() >= self.due:
+                late = f"{complaint} {patience_s:g} s"
+                raise DeadlineExceeded(late) from None
+            raise Cancelled("the caller went away") from None
+        self.running()
+        most = self._limits.max_message_bytes
+        if message is not None and len(message) > most:
+            raise InvalidInput(
+                f"the message has {len(message)} bytes, the limit is {most}"
+            )
+        return message
+
+
+class Reaper:
+    """Cancels calls that outlast their patience, or whose peer may not go on.
+
+    One thread a server, one sweep every quarter of a second: a call pays no more than
+    a place in a set. Without it, a caller that sends or takes nothing would hold a
+    thread for as long as it likes.
+    """
+
+    def __init__(self) -> None:
+        self._calls: set[Rpc] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._sweep, name="ztserve-reaper", daemon=True
+        )
+        self.add = self._calls.add
+        self.discard = self._calls.discard
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Sweep no more."""
+        self._closed.set()
+
+    def _sweep(self) -> None:
+        while not self._closed.wait(SWEEP_S):
+            now = time.monotonic()
+            for rpc in tuple(self._calls):
+                if now >= rpc.due or not _may_go_on(rpc):
+                    cast("Any", rpc.context).cancel()
+
+
+def _may_go_on(rpc: Rpc) -> bool:
+    if rpc.still is None:
+        return True
+    try:
+        rpc.still()
+    except CallError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Generated from ``proto/ztserve/transport/v1`` by ``make proto``; never edited."""

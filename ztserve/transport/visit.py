@@ -1,0 +1,143 @@
+"""How one call is received: judged, admitted, answered or refused, and let go."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn, cast
+
+import grpc
+
+from ztserve.errors import CallError, InvalidInput, ZTServeError
+from ztserve.transport import status
+from ztserve.transport.admission import Admission
+from ztserve.transport.arrival import Reception, Refusal, new_id, source
+from ztserve.transport.credentials import Facts, ServerCredentials
+from ztserve.transport.limits import Limits
+from ztserve.transport.methods import Method
+from ztserve.transport.rpc import Reaper, Rpc
+from ztserve.types import Call, Peer
+
+_LOG = logging.getLogger(__name__)
+_HEALTH_RESERVE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What all calls of one server share."""
+
+    limits: Limits
+    credentials: ServerCredentials
+    admission: Admission
+    reception: Reception
+    reaper: Reaper
+    on_refused: Callable[[Refusal], object] | None
+
+
+def answer(
+    desk: Desk, method: Method, messages: Iterator[bytes], context: grpc.ServicerContext
+) -> bytes:
+    """Answer a unary call. The handler that gRPC calls on a worker thread."""
+    visit = _Visit(desk, method, messages, context)
+    try:
+        call = visit.enter(desk.limits.max_call_s)
+        return method.answer(call, visit.read)  # type: ignore[misc]
+    except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+        visit.refuse(error)
+    finally:
+        visit.leave()
+
+
+def stream(
+    desk: Desk, method: Method, messages: Iterator[bytes], context: grpc.ServicerContext
+) -> Iterator[bytes]:
+    """Answer a stream. The handler that gRPC calls on a worker thread."""
+    visit = _Visit(desk, method, messages, context)
+    try:
+        visit.enter(desk.limits.max_stream_s)
+        visit.rpc.still = visit.judge
+        for piece in method.stream(visit):  # type: ignore[misc]
+            visit.rpc.sending()
+            yield piece
+            visit.rpc.running()
+    except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+        visit.refuse(error)
+    finally:
+        visit.leave()
+
+
+class _Visit:
+    """One call from its arrival to its end; the `methods.Exchange` of a stream."""
+
+    __slots__ = ("_desk", "_messages", "_method", "call", "facts", "peer", "rpc")
+
+    call: Call
+
+    def __init__(
+        self,
+        desk: Desk,
+        method: Method,
+        messages: Iterator[bytes],
+        context: grpc.ServicerContext,
+    ) -> None:
+        self._desk = desk
+        self._method = method
+        self._messages = 1
+        self.rpc = Rpc(messages, context, desk.limits)
+        self.facts: Facts = {}
+        self.peer: Peer | None = None
+
+    def judge(self) -> Peer:
+        """Return the peer as it is judged at this moment. Raises Unauthenticated."""
+        return self._desk.credentials.peer(self.facts)
+
+    def enter(self, longest_s: float) -> Call:
+        """Judge the peer, find room, and make the Call; no message is read."""
+        desk, context, method = self._desk, self.rpc.context, self._method
+        self.facts = cast("Facts", context.auth_context())
+        peer = desk.credentials.peer(self.facts)
+        health = method.stream is None and method.operation.method == "GET"
+        desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
+        self.peer = peer
+        self.call = desk.reception.call(context, peer, method.operation, longest_s)
+        self.rpc.deadline = self.call.deadline
+        desk.reaper.add(self.rpc)
+        return self.call
+
+    def read(self) -> bytes:
+        """Return the call's one message, or the first one of a stream."""
+        return self.rpc.read()
+
+    def more(self) -> tuple[Call, bytes] | None:
+        """Return a stream's next message and its Call, the peer judged anew."""
+        most = self._desk.limits.max_stream_messages
+        message = self.rpc.more()
+        if message is None:
+            return None
+        self._messages += 1
+        if self._messages > most:
+            raise InvalidInput(f"one stream carries at most {most} requests")
+        return self._desk.reception.again(self.call, self.facts), message
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """End the call with the status of `error`."""
+        context = self.rpc.context
+        call_id = self.call.id if hasattr(self, "call") else new_id()
+        if not isinstance(error, ZTServeError):
+            _LOG.error("call %s failed", call_id, exc_info=error)
+        elif isinstance(error, CallError) and not hasattr(self, "call"):
+            self._tell(error)
+        context.set_trailing_metadata(status.trailers(error, call_id))
+        context.abort(status.status(error).code, status.sentence(error, call_id))
+
+    def leave(self) -> None:
+        """Give the call's place free."""
+        self._desk.reaper.discard(self.rpc)
+        if self.peer is not None:
+            self._desk.admission.leave(self.peer.id)
+
+    def _tell(self, error: CallError) -> None:
+        if self._desk.on_refused is not None:
+            address, port = source(self.rpc.context.peer())
+            self._desk.on_refused(
+                Refusal(self._method.path, error, self.peer, address, port)
+            )
