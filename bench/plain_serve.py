@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import torch
 
+from bench.load import LoadError
 from bench.oip import add_servicer
 from ztserve.transport.v1.inference_pb2 import ModelInferRequest, ModelInferResponse
 
@@ -64,6 +65,18 @@ def request_bytes() -> bytes:
     request.inputs.add(name="pixels", datatype="FP32", shape=(1, 64))
     request.raw_input_contents.append(ROW.tobytes())
     return bytes(request.SerializeToString())
+
+
+def judge(arm: str, probabilities: bytes) -> None:
+    """Raise LoadError unless `arm` answered what the model answers."""
+    wanted = np.frombuffer(Model().answer(ROW.tobytes()), "<f4")
+    if not np.allclose(np.frombuffer(probabilities, "<f4"), wanted, atol=1e-5):
+        raise LoadError(f"{arm} gives another answer than the model")
+
+
+def judge_message(arm: str, reply: bytes) -> None:
+    """Raise LoadError unless `arm` answered with the right ModelInferResponse."""
+    judge(arm, ModelInferResponse.FromString(reply).raw_output_contents[0])
 
 
 class Plain:

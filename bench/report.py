@@ -64,7 +64,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     previous = ""
     for row in rows:
         if previous and row[0] != previous:
-            table.add_section()
+            table.add_row()
         previous = row[0]
         table.add_row(*row)
     console.print(table)

@@ -36,9 +36,16 @@ from bench.session import SESSIONS, Session
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-ARMS = [name for names in SESSIONS for name in names]
+ARMS = (
+    "serve-http",
+    "serve-grpc",
+    "serve-haproxy",
+    "grpc-bare-ray",
+    "ztserve",
+    "ztserve-https",
+)
 UNITS = {"rps": "1/s", "p50_ms": "ms", "p99_ms": "ms", "cpu_ms": "ms"}
-BASELINES = ("serve-http", "serve-grpc", "serve-haproxy")
+BASELINES = ARMS[:3]
 
 Samples = dict[tuple[str, str], list[Sample]]
 

@@ -98,6 +98,7 @@ def _environment(home: str, *, haproxy: bool) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(Path(__file__).parents[1]),
+        "ZTSERVE_CONFIG": f"{home}/project/ztserve.toml",
     }
     if haproxy:
         env |= {
@@ -160,23 +161,13 @@ def _patiently(ask: Callable[[], bytes]) -> bytes:
             time.sleep(0.5)
 
 
-def _judge(name: str, probabilities: bytes) -> None:
-    import numpy as np
-
-    from bench.plain_serve import ROW, Model
-
-    wanted = np.frombuffer(Model().answer(ROW.tobytes()), "<f4")
-    if not np.allclose(np.frombuffer(probabilities, "<f4"), wanted, atol=1e-5):
-        raise LoadError(f"{name} gives another answer than the model")
-
-
 def _http_arm(name: str, port: int, replica: int) -> Arm:
-    from bench.plain_serve import ROW
+    from bench.plain_serve import ROW, judge
 
     url = f"http://127.0.0.1:{port}/"
     body = ROW.tobytes()
     reply = _patiently(lambda: urllib.request.urlopen(url, body, timeout=5).read())
-    _judge(name, reply)
+    judge(name, reply)
     pids = (replica, *listeners(port))
     return Arm(name, "http", f"127.0.0.1:{port}", "/", body.hex(), len(reply), pids)
 
@@ -185,8 +176,7 @@ def _grpc_arm(name: str, address: str, pids: tuple[int, ...]) -> Arm:
     import grpc
 
     from bench.oip import INFER
-    from bench.plain_serve import request_bytes
-    from ztserve.transport.v1.inference_pb2 import ModelInferResponse
+    from bench.plain_serve import judge_message, request_bytes
 
     body = request_bytes()
 
@@ -196,7 +186,7 @@ def _grpc_arm(name: str, address: str, pids: tuple[int, ...]) -> Arm:
             return bytes(stub(body, timeout=5))
 
     reply = _patiently(ask)
-    _judge(name, ModelInferResponse.FromString(reply).raw_output_contents[0])
+    judge_message(name, reply)
     return Arm(name, "grpc", address, INFER, body.hex(), len(reply), pids)
 
 
@@ -243,16 +233,24 @@ def main(names: Sequence[str]) -> None:
     """Start the arms, say so on standard output, wait for the end of the input."""
     import ray
 
-    home = os.environ["HOME"]
+    from bench import ztserve_arm
+
+    home = Path(os.environ["HOME"])
+    ours = {"ztserve", "ztserve-https"} & set(names)
+    if ours:
+        ports = {"directory": free_port(), "gateway": free_port()}
+        ztserve_arm.prepare(home / "project", ports)
     ray.init(
         address="local",
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
-        _temp_dir=f"{home}/ray",
+        _temp_dir=str(home / "ray"),
     )
     try:
         arms = _plain_arms(names)
+        if ours:
+            arms.append(ztserve_arm.start(home / "svid"))
         print(READY + json.dumps([asdict(arm) for arm in arms]), flush=True)
         sys.stdin.read()
     finally:

@@ -194,7 +194,7 @@ def measure(stage: Callable[[], object], seconds: float) -> float:
     stage()
     # As many calls a run as take about a millisecond: the clock then costs nothing.
     count = max(1, min(1000, int(1e-3 / (time.perf_counter() - start))))
-    taken = []
+    taken: list[float] = []
     end = time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end or not taken:
         for _ in range(count):

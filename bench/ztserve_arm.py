@@ -6,17 +6,20 @@ as the developer's identity, over mutual TLS, and every call leaves its audit re
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+import ssl
+from typing import TYPE_CHECKING, Any
 
+import grpc
 from safetensors.torch import save_file
 
-from bench.load import Arm, LoadError, family
+from bench.load import Arm, LoadError
 from bench.oip import INFER
-from bench.plain_serve import ROW, network, request_bytes
+from bench.plain_serve import judge_message, network, request_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ztserve.config import Settings
@@ -49,7 +52,7 @@ def prepare(project: Path, ports: Mapping[str, int]) -> None:
         save_file(network().state_dict(), folder / "model.safetensors")
         return {}
 
-    released(config.load(file), "digits", "1", train)
+    released(config.load(file), APP, "1", train)
 
 
 def start(folder: Path) -> Arm:
@@ -57,31 +60,53 @@ def start(folder: Path) -> Arm:
 
     `folder` takes the SVID that the load generator presents.
     """
-    import numpy as np
-
     from examples.digits import Digits
-    from ztserve import config, transport
+    from ztserve import config, identity
     from ztserve.serving import cluster
 
     cluster.deploy(Digits.options(ray_actor_options={"num_cpus": 0.1}).bind(), APP)
     settings = config.load()
     source = config.obtain_identity(settings)
-    with transport.Client(
-        f"{settings.identity.namespace}/{Digits.service}",
-        source=source,
-        directory=f"{settings.directory.host}:{settings.directory.port}",
-        directory_id=settings.directory_id,
-    ) as client:
-        answer = np.asarray(client.infer({"pixels": ROW})["probabilities"], "<f4")
-    svid = source.current().svid
-    cert, key = write_svid(folder, svid)
+    svid, bundles = source.current().svid, source.current().bundles
     source.close()
-    raise NotImplementedError(settings, answer, cert, key)
+    pid, address = _replica(settings, Digits.service)
+    server = identity.dns_name(settings.spiffe_id(Digits.service))
+    roots = bundles[svid.id.trust_domain]
+    reply = _ask(address, server, svid, roots)
+    judge_message("ztserve", reply)
+    cert, key = _write(folder, svid)
+    body = request_bytes().hex()
+    return Arm(
+        "ztserve", "grpc", address, INFER, body, len(reply), (pid,), (), cert, key
+    )
 
 
-def write_svid(folder: Path, svid: Svid) -> tuple[str, str]:
+def _replica(settings: Settings, service: str) -> tuple[int, str]:
+    """Return process id and address of the replica, as its audit log tells them."""
+    found: dict[str, Any] = {}
+    for path in settings.audit.directory.glob(f"{service}-*.jsonl"):
+        for line in path.read_text().splitlines():
+            told = json.loads(line).get("unmapped", {})
+            found |= {k: told[k] for k in ("origin", "address") if k in told}
+    if found.keys() != {"origin", "address"}:
+        raise LoadError(f"{settings.audit.directory} tells of no replica of {service}")
+    return int(found["origin"]["pid"]), str(found["address"])
+
+
+def _ask(address: str, name: str, svid: Svid, roots: Sequence[bytes]) -> bytes:
+    """Send the request as a stock gRPC client would; return the reply's bytes."""
+    trusted = "".join(map(ssl.DER_cert_to_PEM_cert, roots)).encode()
+    credentials = grpc.ssl_channel_credentials(
+        trusted, svid.key_pem(), svid.chain_pem()
+    )
+    options = (("grpc.ssl_target_name_override", name),)
+    with grpc.secure_channel(address, credentials, options) as channel:
+        return bytes(channel.unary_unary(INFER, bytes, bytes)(request_bytes(), 10))
+
+
+def _write(folder: Path, svid: Svid) -> tuple[str, str]:
     """Write an SVID as PEM files that only this user can read; return their paths."""
-    folder.mkdir(mode=0o700, parents=True)
+    folder.mkdir(mode=0o700)
     paths = []
     for name, pem in (("svid.pem", svid.chain_pem()), ("key.pem", svid.key_pem())):
         path = folder / name

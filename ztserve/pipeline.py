@@ -11,7 +11,10 @@ The order of the rooms cannot be configured. A stream walks the same way: its te
 leaves piece by piece through the same filter.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 
 from ztserve.audit import Log, Record
 from ztserve.authorization import PolicySet
@@ -33,7 +36,6 @@ class Pipeline:
         runner: Runner,
         outputs: OutputFilter,
         log: Log,
-        ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self._description = description
         self._policies = policies
@@ -41,7 +43,12 @@ class Pipeline:
         self._runner = runner
         self._outputs = outputs
         self._log = log
-        self._ready = ready
+        self._outcomes: Counter[str] = Counter()
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """Calls so far by outcome: released, refused, failed, cancelled."""
+        return MappingProxyType(self._outcomes)
 
     def infer(self, call: Call, receive: Receive) -> Reply:
         """Answer one request; the record is written before the reply leaves.
@@ -98,9 +105,14 @@ class Pipeline:
             record.described()
         return self._description
 
-    def _record(self, call: Call) -> Record:
+    @contextmanager
+    def _record(self, call: Call) -> Iterator[Record]:
         record = self._log.record(call)
         record.model = self._description.model
         record.version = self._description.version
         record.digest = self._description.digest
-        return record
+        try:
+            with record:
+                yield record
+        finally:
+            self._outcomes[record.outcome] += 1

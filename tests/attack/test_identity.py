@@ -192,7 +192,7 @@ def fetch(endpoint):
             f"/{wire.SERVICE}/{wire.FETCH_SVID}",
             request_serializer=wire.X509SVIDRequest.SerializeToString,
             response_deserializer=wire.X509SVIDResponse.FromString,
-        )(wire.X509SVIDRequest(), metadata=(wire.HEADER,), timeout=5)
+        )(wire.X509SVIDRequest(), metadata=(wire.HEADER,), timeout=20)
         first = next(iter(stream))
         stream.cancel()
         return first.svids[0].spiffe_id
@@ -209,12 +209,12 @@ if steps[0].startswith("uid "):
 for step in steps:
     try:
         if step == "fetch":
-            with WorkloadSource(socket, timeout_s=1) as source:
+            with WorkloadSource(socket, timeout_s=2) as source:
                 print("GOT", source.current().svid.id)
         elif step == "stop":
-            print("STOPPED", admin(admin_socket, {"op": "stop"}, timeout_s=1))
+            print("STOPPED", admin(admin_socket, {"op": "stop"}, timeout_s=2))
         else:
-            register(admin_socket, step, timeout_s=1)
+            register(admin_socket, step, timeout_s=2)
             print("REGISTERED", step)
     except ZTServeError as error:
         print("REFUSED", error)
@@ -410,7 +410,7 @@ def test_an_expired_identity_is_not_served_from_memory(directory):
     moment = types.now()
     with (
         Agent(A, directory, rules(), ttl_s=60) as agent,
-        WorkloadSource(agent.socket, timeout_s=5, clock=lambda: moment) as source,
+        WorkloadSource(agent.socket, timeout_s=20, clock=lambda: moment) as source,
     ):
         assert source.current().svid.id == CLI
         moment += timedelta(seconds=90)

@@ -26,11 +26,24 @@ class DirectoryRegistry:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        if not root.is_dir():
-            raise RegistryError(f"{root}: there is no registry or model directory here")
+        self._check_there()
 
     def __repr__(self) -> str:
         return f"DirectoryRegistry({str(self._root)!r})"
+
+    def _check_there(self) -> None:
+        """Tell an absent or empty directory, as of a mount to come, from a bad one."""
+        try:
+            there = any(self._root.iterdir())
+        except OSError as error:
+            raise RegistryError(
+                f"there is no registry or model directory at {self._root}: "
+                f"{error.strerror}"
+            ) from error
+        if not there:
+            raise RegistryError(
+                f"{self._root} is empty: publish a model there with `ztserve publish`"
+            )
 
     def resolve(self, ref: ModelRef) -> Resolved:
         """Return what the directory's own signature files claim to be."""
@@ -51,9 +64,7 @@ class DirectoryRegistry:
         try:
             return read_file(self._root, SIGNATURE_FILE, limit=MAX_BUNDLE_BYTES)
         except FileNotFoundError as error:
-            if not list_files(self._root):
-                # An empty mount point: the files may still come.
-                raise RegistryError(f"{self._root} is empty") from error
+            self._check_there()
             raise VerificationError(
                 f"{self._root} is not signed: it has no {SIGNATURE_FILE}; sign it with "
                 "`ztserve sign`"

@@ -93,6 +93,8 @@ def open_registry(path: str | os.PathLike[str]) -> Registry:
     from ztserve.artifacts.layout import LAYOUT_FILE, LayoutRegistry
 
     root = Path(path).absolute()
-    if (root / LAYOUT_FILE).is_file():
-        return LayoutRegistry(root)
-    return DirectoryRegistry(root)
+    try:
+        is_layout = (root / LAYOUT_FILE).is_file()
+    except OSError as error:
+        raise RegistryError(f"{root} cannot be read: {error.strerror}") from error
+    return LayoutRegistry(root) if is_layout else DirectoryRegistry(root)

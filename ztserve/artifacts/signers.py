@@ -37,6 +37,9 @@ class SignedBy:
     role: Role
     key_id: str
 
+    def __str__(self) -> str:
+        return f"{self.name} as {self.role} ({self.key_id})"
+
 
 def read_guarded(path: Path) -> bytes:
     """Read a small file that only its owner may write; raises ConfigError."""

@@ -41,6 +41,8 @@ unmapped.notes                        what was dropped from the call on its way 
 unmapped.origin                       of log-opened: service, replica, id, pid
 unmapped.schema, .segment             of log-opened: version of this table; which
                                       file of the log
+unmapped.bytes, .sha256               of torn: the incomplete lines right above,
+                                      left by a write that failed or died
 ====================================  ===========================================
 """
 
@@ -51,6 +53,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii as _escape
 from typing import TYPE_CHECKING, Any
 
+from ztserve.errors import CallError
 from ztserve.types import now
 
 if TYPE_CHECKING:
@@ -164,6 +167,20 @@ def call(record: "Record") -> str:
         f',"bytes_in":{int(record.bytes_in)},"bytes_out":{int(record.bytes_out)}'
         f',"findings":{{{findings}}},"stages_us":{{{stages}}}'
         f',"total_us":{int(record.seconds() * 1e6)},"notes":[{notes}]}}'
+    )
+
+
+def refused(operation: str, error: CallError, principal: str, address: str) -> str:
+    """Return the fields of a line for a call refused before it was one."""
+    ip, _, port = address.rpartition(":")
+    number = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else 0
+    return (
+        f'"time":"{clock()}","class_uid":6003,"status":"refused","status_id":2'
+        f',"status_code":{text(type(error).__name__, 64)}'
+        f',"status_detail":{text(str(error.reason), 1024)}'
+        f',"actor":{{"user":{{"uid":{text(principal, 2048)}}}}}'
+        f',"src_endpoint":{{"ip":{text(ip, 64)},"port":{number}}}'
+        f',"api":{{"operation":{text(operation)}}}'
     )
 
 

@@ -63,20 +63,13 @@ class Log:
     ) -> None:
         """Write that a call was refused before there could be a record of it.
 
-        `principal` is "" where no identity held. Floods are counted, as for records.
+        `principal` is "" where no identity held: then the host of `address`
+        (``host:port``) stands for it. Floods are counted, as for records.
         """
-        kind = type(error).__name__
-        if self._refusals.is_line(principal or "(unverified)", kind):
-            self.event(
-                "call-refused",
-                operation=path,
-                status_code=kind,
-                status_detail=error.reason,
-                principal=principal,
-                address=address,
-            )
-        else:
-            self._tick()
+        who = principal or address.rpartition(":")[0]
+        if not self._counted(who, type(error).__name__):
+            fields = lines.refused(path, error, principal, address)
+            self._append(who, fields, reserved=True)
 
     def refused_handshakes(self, cause: str, count: int, address: str = "") -> None:
         """Write that `count` connections ended before there was a call."""
@@ -117,17 +110,31 @@ class Log:
         self._chain.append(fields, reserved=True)
 
     def _write(self, record: Record) -> None:
-        if self._closed.is_set():
-            raise AuditError("the audit log is closed: the call cannot be recorded")
         principal = record.call.peer.id
         refused = record.outcome in ("refused", "cancelled")
-        if refused and not self._refusals.is_line(principal, record.error):
-            self._tick()
+        if refused and self._counted(principal, record.error):
             return
+        if record.outcome == "unfinished":
+            # Not counted where it fails: the end of the call is still to come.
+            self._chain.append(lines.call(record))
+        else:
+            self._append(principal, lines.call(record), reserved=refused)
+
+    def _counted(self, principal: str, error: str) -> bool:
+        """Count a refusal that gets no line of its own."""
+        if self._closed.is_set():
+            raise AuditError("the audit log is closed: no call can be recorded")
+        if self._refusals.is_line(principal, error):
+            return False
+        self._tick()
+        return True
+
+    def _append(self, principal: str, fields: str, *, reserved: bool) -> None:
+        """Write the line of a call; one that cannot be written is counted at least."""
         try:
-            self._chain.append(lines.call(record), reserved=refused)
+            self._chain.append(fields, reserved=reserved)
         except AuditError:
-            if record.outcome != "unfinished":
+            if not self._closed.is_set():
                 self._refusals.count(principal, "AuditError")
                 self._tick()
             raise

@@ -13,7 +13,9 @@ HELP = "show the audit log, or verify that it is self-consistent"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("action", choices=("show", "verify"))
-    parser.add_argument("files", nargs="*", type=Path, help="default: all of the project")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="default: all of the project"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -60,7 +60,9 @@ def _keys_and_trust(settings: config.Settings) -> list[Path]:
     for private in (settings.state, folder):
         private.mkdir(mode=0o700, exist_ok=True)
     keys = [
-        publish.new_key(folder / f"{role}.pem", name=f"development {role}", roles=[role])
+        publish.new_key(
+            folder / f"{role}.pem", name=f"development {role}", roles=[role]
+        )
         for role in ROLES
     ]
     text = "# Whose signatures count, and as what.\nversion = 1\n"

@@ -24,7 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Write both halves; print the entry of the trust policy."""
     made = publish.new_key(
-        chosen.path, name=chosen.name or chosen.path.stem, roles=chosen.role or ["trainer"]
+        chosen.path,
+        name=chosen.name or chosen.path.stem,
+        roles=chosen.role or ["trainer"],
     )
     print(f"private key  {made.private}  (keep it; mode 0600)")
     print(f"public key   {made.public}")

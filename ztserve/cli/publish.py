@@ -31,9 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
     trust = TrustPolicy.load(settings.artifacts.trust_policy)
     verify_model(chosen.directory, ref, trust, purpose="deploy")
     signer = publish.load_signer(chosen.key or settings.state / "keys/deployer.pem")
-    publish.release_model(
-        chosen.directory, signer, name=ref.name, version=ref.version
-    )
+    publish.release_model(chosen.directory, signer, name=ref.name, version=ref.version)
     model = publish.publish(
         chosen.directory,
         chosen.registry or settings.artifacts.registry,

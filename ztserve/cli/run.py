@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ztserve import config
-from ztserve.serving.cluster import attached, deploy, statuses
 from ztserve.errors import ConfigError
+from ztserve.serving.cluster import attached, deploy, replicas
 
 HELP = "serve module:app on a local Ray until Ctrl-C"
 
@@ -32,10 +31,15 @@ def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with attached(chosen.address, num_cpus=chosen.num_cpus):
         deploy(load(chosen.app))
-        names = services()
-        show.table("", ("deployment", "SPIFFE ID"), names)
-        for name, _ in names:
-            print(f"call it:  ztserve predict {name} --example")
+        for key, endpoints in replicas(settings):
+            for endpoint in endpoints:
+                print(f"{key} at {endpoint.address}")
+                print(f"  model    {endpoint.model}:{endpoint.version}")
+                print(f"  digest   {endpoint.digest}")
+            service = key.rpartition("/")[2]
+            print(f"  identity {settings.spiffe_id(service)}")
+            print(f"  policy   {', '.join(map(str, settings.authorization.policies))}")
+            print(f"  call it  ztserve predict {service} --example")
         print("serving; Ctrl-C stops it", flush=True)
         try:
             stop.wait()

@@ -3,8 +3,9 @@
 import argparse
 from dataclasses import asdict
 
+from ztserve import config
 from ztserve.cli import show
-from ztserve.serving.cluster import attached, statuses
+from ztserve.serving.cluster import attached, replicas, statuses
 
 HELP = "show what runs, and why something does not"
 
@@ -17,10 +18,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Ask Serve; what could not start comes first, with its own sentence."""
+    settings = config.load()
     with attached(chosen.address):
         rows = statuses()
+        places = replicas(settings)
     if chosen.json:
-        show.as_json([asdict(row) for row in rows])
+        show.as_json(
+            {
+                "deployments": [asdict(row) for row in rows],
+                "replicas": {key: [asdict(e) for e in value] for key, value in places},
+            }
+        )
         return 0
     for row in rows:
         if row.why:
@@ -29,5 +37,14 @@ def run(chosen: argparse.Namespace) -> int:
         "deployments",
         ("app", "deployment", "state", "replicas"),
         [(row.app, row.deployment, row.state, row.replicas) for row in rows],
+    )
+    show.table(
+        "replicas",
+        ("service", "address", "model", "version", "digest"),
+        [
+            (key, e.address, e.model, e.version, e.digest)
+            for key, value in places
+            for e in value
+        ],
     )
     return 0

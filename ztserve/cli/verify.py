@@ -20,7 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a registry or signed directory (default: ztserve.toml's registry)",
     )
     parser.add_argument("--trust", type=Path, help="default: ztserve.toml's")
-    parser.add_argument("--for", dest="purpose", choices=("load", "deploy"), default="load")
+    parser.add_argument(
+        "--for", dest="purpose", choices=("load", "deploy"), default="load"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

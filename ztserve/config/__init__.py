@@ -3,7 +3,7 @@
 from ztserve.config.environment import (
     default_environment,
     endpoint_socket,
-    environment,
+    process_environment,
     ray_auth_mode,
 )
 from ztserve.config.rooms import (
@@ -24,12 +24,12 @@ __all__ = [
     "default_environment",
     "endpoint_socket",
     "entries",
-    "environment",
     "limits",
     "load",
     "load_policies",
     "obtain_identity",
     "open_log",
+    "process_environment",
     "ray_auth_mode",
     "record_refusal",
 ]

@@ -18,7 +18,7 @@ def endpoint_socket() -> str | None:
     return os.environ.get("SPIFFE_ENDPOINT_SOCKET") or None
 
 
-def environment() -> dict[str, str]:
+def process_environment() -> dict[str, str]:
     """Return the environment for a process that we start."""
     return dict(os.environ)
 

@@ -38,6 +38,8 @@ _CUT = (
 )
 _NEXT = re.compile(_CUT)
 _LAST = re.compile(rf".*{_CUT}", re.DOTALL)
+_END = re.compile(rf"[\s{_BREAK}]")
+_WORDS = re.compile(rf".*[\s{_BREAK}]", re.DOTALL)
 _OPEN_IBAN = re.compile(
     r"(?<![a-z0-9])[a-z]{2}[0-9]{2}[a-z0-9 -]{0,44}\Z", re.IGNORECASE
 )
@@ -47,16 +49,32 @@ _TRIGGER = re.compile(r"[\d@]|::|[:.-][A-Fa-f]{1,4}[:.-]")
 """A necessary part of all that the recognizers can find; never spans a cut."""
 
 
-def last_cut(text: str, start: int, end: int) -> int:
+def may_cut(chunk: str) -> bool:
+    """Say whether a cut may end in `chunk`, whatever comes before it."""
+    return _END.search(chunk) is not None
+
+
+def last_word(text: str, start: int) -> int:
+    """Return where the last word begins, at or after `start`: cuts end at words."""
+    match = _WORDS.match(text, start)
+    return match.end() if match else start
+
+
+def last_cut(text: str, start: int, end: int, word: int) -> int:
     """Return the last cut after `start` and not after `end`; `start` if none is.
 
-    `start` is a cut or the beginning.
+    `start` is a cut or the beginning; up to `word`, where a word begins, is none.
     """
-    while match := _LAST.match(text, start, end):
+    while match := _LAST.match(text, word, end):
         if not _in_iban(text, start, match.end()):
             return match.end()
         end = match.end() - 1
     return start
+
+
+def is_clean(text: str) -> bool:
+    """Say whether nothing in `text` could be part of a finding."""
+    return _TRIGGER.search(text) is None
 
 
 def suspects(text: str) -> Iterator[tuple[int, int]]:
@@ -66,7 +84,7 @@ def suspects(text: str) -> Iterator[tuple[int, int]]:
     """
     at = 0
     while trigger := _TRIGGER.search(text, at):
-        start = last_cut(text, at, trigger.start())
+        start = last_cut(text, at, trigger.start(), at)
         at = _next_cut(text, start)
         yield start, at
 

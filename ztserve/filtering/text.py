@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ztserve.errors import ConfigError, Withheld
-from ztserve.filtering.segments import last_cut, suspects
+from ztserve.filtering.segments import is_clean, last_cut, last_word, may_cut, suspects
 
 _PUBLIC = "the model's answer could not be checked for personal data"
 
@@ -29,6 +29,9 @@ class Recognizer(NamedTuple):
     needs: re.Pattern[str]
     """Found in every text that holds a finding: `find` runs only where this matches."""
     find: Callable[[str], Sequence[Span]]
+    """Raises TimeoutError where it may have missed something."""
+    refuses: re.Pattern[str] | None = None
+    """A text where this matches is withheld: `find` would take too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class TextFilter:
         """Build a filter of `recognizers`.
 
         `max_run_chars` bounds the stretch between two cuts (``segments.py``), which is
-        the most that a stream holds back; `max_scan_s` the time spent on one text.
+        the most that a stream holds back; `max_scan_s` the CPU time spent on one text.
         """
         if not recognizers:
             raise ConfigError("a text filter needs at least one recognizer")
@@ -88,8 +91,7 @@ class TextFilter:
                 f"a text output is filtered by Presidio, and {error.name} is missing: "
                 "pip install 'ztserve[text]'"
             ) from error
-        found = recognizers(limit_s=max_scan_s)
-        return cls(found, max_run_chars=max_run_chars, max_scan_s=max_scan_s)
+        return cls(recognizers(), max_run_chars=max_run_chars, max_scan_s=max_scan_s)
 
     def apply(self, text: str) -> Filtered:
         """Return `text` redacted: by definition what its stream gives, fed at once.
@@ -118,6 +120,7 @@ class TextStream:
         self._max_run_chars = rules.max_run_chars
         self._left_s = rules.max_scan_s
         self._held = ""
+        self._word = 0  # where in it the last word begins
         self._over = ""
         self._counts: Counter[str] = Counter()
 
@@ -134,21 +137,23 @@ class TextStream:
         if self._over:
             raise Withheld(_PUBLIC, self._over)
         text = self._held + chunk
-        start = 0
-        leaving: list[str] = []
-        while True:
-            cut = last_cut(text, start, start + self._max_run_chars)
-            if cut == start:
-                break
-            leaving.append(self._clean(text[start:cut]))
-            start = cut
+        start, end, leaving = 0, 0, ""
+        if may_cut(chunk):
+            while end < len(text):
+                end = start + self._max_run_chars
+                cut = last_cut(text, start, end, self._word)
+                if cut == start:
+                    break
+                leaving += self._clean(text[start:cut])
+                start = self._word = cut
+            self._word = last_word(text, self._word) - start
         self._held = text[start:]
         if len(self._held) > self._max_run_chars:
             raise self._refusal(
                 f"more than {self._max_run_chars} characters without a place to cut; "
                 "expected words or lines"
             )
-        return "".join(leaving)
+        return leaving
 
     def close(self) -> str:
         """Return the rest of the text; nothing can be fed after it.
@@ -166,14 +171,13 @@ class TextStream:
         return Withheld(_PUBLIC, self._over)
 
     def _clean(self, text: str) -> str:
+        if is_clean(text):
+            return text
         at = 0
         leaving: list[str] = []
         for start, end in suspects(text):
-            leaving.append(text[at:start])
-            leaving.append(self._redact(text[start:end]))
+            leaving += (text[at:start], self._redact(text[start:end]))
             at = end
-        if not at:
-            return text
         leaving.append(text[at:])
         return "".join(leaving)
 
@@ -190,12 +194,18 @@ class TextStream:
     def _scan(self, segment: str) -> list[Span]:
         spans: list[Span] = []
         for recognizer in self._recognizers:
-            if recognizer.needs.search(segment):
-                started = time.monotonic()
+            if not recognizer.needs.search(segment):
+                continue
+            if recognizer.refuses and recognizer.refuses.search(segment):
+                raise self._refusal("a word no recognizer could get through in time")
+            started = time.thread_time()
+            try:
                 spans += recognizer.find(segment)
-                self._left_s -= time.monotonic() - started
-                if self._left_s <= 0:
-                    raise self._refusal("looking through it took too long")
+            except TimeoutError as error:
+                raise self._refusal(str(error)) from error
+            self._left_s -= time.thread_time() - started
+            if self._left_s <= 0:
+                raise self._refusal("looking through it took too long")
         return spans
 
 

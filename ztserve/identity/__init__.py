@@ -10,7 +10,7 @@ machine, and `register` tells that agent who this process is.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ztserve.identity.admin import admin, register
+from ztserve.identity.admin import admin, admin_path, register, workload_endpoint
 from ztserve.identity.attestation import Rules
 from ztserve.identity.authority import Authority
 from ztserve.identity.peer import PeerVerifier, verify_peer
@@ -40,12 +40,14 @@ __all__ = [
     "Svid",
     "WorkloadSource",
     "admin",
+    "admin_path",
     "dns_name",
     "harden_process",
     "is_dumpable",
     "private_directory",
     "register",
     "verify_peer",
+    "workload_endpoint",
 ]
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from ztserve.errors import IdentityError
 
@@ -17,6 +18,16 @@ MAX_REQUEST_BYTES = 4096
 MAX_ANSWER_BYTES = 1024 * 1024
 REQUEST_TIMEOUT_S = 5.0
 _RETRY_S = 0.1
+
+
+def workload_endpoint(directory: Path) -> str:
+    """Return the endpoint of the agent in `directory`, for `WorkloadSource`."""
+    return f"unix://{directory / 'workload.sock'}"
+
+
+def admin_path(directory: Path) -> Path:
+    """Return the admin socket of the agent in `directory`, for `register`."""
+    return directory / "admin.sock"
 
 
 def register(

@@ -21,6 +21,7 @@ import grpc
 
 from ztserve.errors import IdentityError
 from ztserve.identity import workload_api as wire
+from ztserve.identity.admin import admin_path, workload_endpoint
 from ztserve.identity.attestation import Claims, Process, Rules
 from ztserve.identity.authority import DEFAULT_TTL_S, Authority
 from ztserve.identity.front import Front
@@ -72,12 +73,12 @@ class Agent:
     @property
     def socket(self) -> str:
         """The Workload API's endpoint, as SPIFFE_ENDPOINT_SOCKET would give it."""
-        return f"unix://{self._directory / 'workload.sock'}"
+        return workload_endpoint(self._directory)
 
     @property
     def admin_socket(self) -> Path:
         """Where `identity.admin` and `identity.register` find this agent."""
-        return self._directory / "admin.sock"
+        return admin_path(self._directory)
 
     def start(self) -> Self:
         """Listen; return self. Raises IdentityError."""
@@ -89,12 +90,12 @@ class Agent:
             for path in (inner, public, self.admin_socket):
                 path.unlink(missing_ok=True)  # we hold the lock: it is a dead agent's
                 undo.callback(path.unlink, missing_ok=True)
-            self._serve_grpc(inner, undo)
             self._front = Front(public, self.admin_socket, inner, self._answer)
-            undo.callback(self._front.stop)
             try:
+                self._serve_grpc(inner, undo)
+                undo.callback(self._front.stop)
                 self._front.start()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # RuntimeError: gRPC cannot bind
                 raise IdentityError(f"{self._directory}: {error}") from error
             self._cleanup = undo.pop_all()
         self._started = time.monotonic()

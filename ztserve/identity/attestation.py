@@ -15,13 +15,17 @@ import select
 import socket
 import struct
 import threading
-from asyncio.trsock import TransportSocket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ztserve.errors import IdentityError
 from ztserve.identity.spiffe_id import SpiffeId, trust_domain_name, workload_id
+
+if TYPE_CHECKING:
+    from asyncio.trsock import TransportSocket
+
+Connection: TypeAlias = "socket.socket | TransportSocket"
 
 _SO_PEERPIDFD = 77  # linux >= 6.5; `socket` has no name for it
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -40,7 +44,7 @@ class Process:
     gid: int
 
 
-def attest(connection: socket.socket | TransportSocket) -> Process:
+def attest(connection: Connection) -> Process:
     """Return who opened the other end of a unix socket. Raises IdentityError."""
     raw = connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
@@ -59,7 +63,7 @@ def attest(connection: socket.socket | TransportSocket) -> Process:
             os.close(handle)
 
 
-def _pidfd(connection: socket.socket | TransportSocket) -> int | None:
+def _pidfd(connection: Connection) -> int | None:
     try:
         raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
     except OSError as error:

@@ -19,6 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 _FIRST_PAUSE_S = 0.1
+_SILENT = "it has not answered in time"
 _LONGEST_PAUSE_S = 2.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -58,7 +59,7 @@ class WorkloadSource:
         self._timeout_s = timeout_s
         self._clock = clock
         self._identity: Identity | None = None
-        self._problem = "it has not answered yet"
+        self._problem = _SILENT
         self._callbacks: dict[object, Callable[[], None]] = {}
         self._lock = threading.Lock()
         self._settled = threading.Event()
@@ -191,7 +192,10 @@ class WorkloadSource:
         if self._closed.is_set():
             return False
         code = error.code()
-        self._note(f"{code.name}: {str(error.details())[:500]}")
+        if code is grpc.StatusCode.CANCELLED:  # by our own watchdog
+            self._note(_SILENT)
+        else:
+            self._note(f"{code.name}: {str(error.details())[:500]}")
         if code is grpc.StatusCode.PERMISSION_DENIED:
             self._drop("the agent no longer grants it")
         if code is grpc.StatusCode.INVALID_ARGUMENT:  # not to be repeated (section 5)

@@ -1,12 +1,14 @@
 """A Ray cluster to serve on: started here, or attached to; deploy, status, shutdown."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ztserve import config
+from ztserve import config, transport
 from ztserve.errors import ConfigError, ZTServeError
 
 RAY_ENVIRONMENT = {
@@ -34,7 +36,9 @@ class DeployFailed(ZTServeError):
 
 
 @contextmanager
-def attached(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
+def attached(
+    address: str | None = None, *, num_cpus: int | None = None
+) -> Iterator[None]:
     """Start Ray on this machine, or attach to `address`; without any Serve proxy.
 
     What was started here ends with the block.
@@ -42,9 +46,12 @@ def attached(address: str | None = None, *, num_cpus: int | None = None) -> Iter
     config.default_environment(RAY_ENVIRONMENT)
     if config.ray_auth_mode() != "token":
         raise ConfigError("RAY_AUTH_MODE must be token: export RAY_AUTH_MODE=token")
-    import ray  # noqa: PLC0415 - after its environment is set
-    from ray import serve  # noqa: PLC0415
+    import ray
+    from ray import serve
 
+    from ztserve.serving.node import end
+
+    settings = config.load()
     started = address is None
     ray.init(
         address=address,
@@ -53,12 +60,21 @@ def attached(address: str | None = None, *, num_cpus: int | None = None) -> Iter
         include_dashboard=False if started else None,
         log_to_driver=False,
         logging_level="ERROR",
+        # Replicas import the user's module from where this process found it.
+        runtime_env={
+            "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        },
     )
     try:
-        serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        if started:
+            serve.start(
+                proxy_location="Disabled", logging_config={"enable_access_log": False}
+            )
         yield
     finally:
         if started:
+            # First what watches Serve: it would ask on while Serve goes away.
+            end(settings)
             serve.shutdown()
         ray.shutdown()
 
@@ -69,7 +85,7 @@ def deploy(app: Any, name: str = "default") -> None:
     Raises DeployFailed with our own sentence; replicas of a version before keep
     answering then.
     """
-    from ray import serve  # noqa: PLC0415 - only where Ray is meant to be
+    from ray import serve
 
     try:
         serve.run(app, name=name, route_prefix=None)
@@ -80,7 +96,7 @@ def deploy(app: Any, name: str = "default") -> None:
 
 def statuses() -> list[Status]:
     """Return how each deployment is doing."""
-    from ray import serve  # noqa: PLC0415
+    from ray import serve
 
     rows = []
     for app_name, app in serve.status().applications.items():
@@ -92,6 +108,15 @@ def statuses() -> list[Status]:
             why = our_sentence(deployment.message)
             rows.append(Status(app_name, name, str(state), counts, why))
     return rows
+
+
+def replicas(
+    settings: config.Settings,
+) -> list[tuple[str, tuple[transport.Endpoint, ...]]]:
+    """Return where the replicas of this project answer, by namespace/service."""
+    from ztserve.serving.node import directory_listing
+
+    return sorted(directory_listing(settings).items())
 
 
 def our_sentence(message: str) -> str:

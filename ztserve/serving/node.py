@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ztserve import config, identity, transport
 from ztserve.config import Settings
-from ztserve.errors import ConfigError
+from ztserve.errors import ConfigError, IdentityError
 from ztserve.serving import ray_private
 from ztserve.types import Call
 
@@ -41,8 +41,7 @@ class Membership:
 
     def pin(self, name: str, digest: str) -> str:
         """Return the digest that the first replica of a deploy resolved."""
-        pinned: str = ray.get(self._actor.pin.remote(name, digest), timeout=START_S)
-        return pinned
+        return str(_ask(self._actor.pin.remote(name, digest), "the directory"))
 
     def remind(self) -> None:
         """Have the directory follow this deployment, also after it was restarted."""
@@ -65,7 +64,7 @@ def join(settings: Settings, *, service: str, app: str, deployment: str) -> Memb
     ensure_agent(settings)
     source = config.obtain_identity(settings, settings.spiffe_id(service))
     actor = _get_or_create(DirectoryActor, "directory", settings)
-    address = ray.get(actor.address.remote(), timeout=START_S)
+    address = _ask(actor.address.remote(), "the directory")
     key = f"{settings.identity.namespace}/{service}"
     return Membership(source, address, app, deployment, key, actor)
 
@@ -89,16 +88,51 @@ def ensure_agent(settings: Settings) -> None:
     """Start the embedded agent of this node, unless the node has one of its own."""
     if config.endpoint_socket() is None and settings.profile == "development":
         agent = _get_or_create(AgentActor, "agent", settings)
-        ray.get(agent.is_up.remote(), timeout=START_S)
+        _ask(agent.is_up.remote(), "the identity agent")
+
+
+def directory_listing(
+    settings: Settings,
+) -> dict[str, tuple[transport.Endpoint, ...]]:
+    """Return where the replicas are, by namespace/service; empty without a directory."""
+    for name in ray.util.list_named_actors(all_namespaces=True):
+        if name["name"].startswith(f"ztserve-directory-{_project(settings)}-"):
+            actor = ray.get_actor(name["name"], namespace=NAMESPACE)
+            found: dict[str, tuple[transport.Endpoint, ...]] = _ask(
+                actor.listing.remote(), "the directory"
+            )
+            return found
+    return {}
+
+
+def end(settings: Settings) -> None:
+    """End the directory and the agent of this project, with the cluster they are on."""
+    for kind in ("directory", "agent"):
+        for name in ray.util.list_named_actors(all_namespaces=True):
+            if name["name"].startswith(f"ztserve-{kind}-{_project(settings)}-"):
+                actor = ray.get_actor(name["name"], namespace=NAMESPACE)
+                ray.kill(actor, no_restart=True)
+
+
+def _project(settings: Settings) -> str:
+    return hashlib.sha256(str(settings.state).encode()).hexdigest()[:12]
+
+
+def _ask(answer: Any, who: str) -> Any:
+    try:
+        return ray.get(answer, timeout=START_S)
+    except ray.exceptions.RayTaskError as error:
+        raise IdentityError(f"{who} could not start: {error.cause}") from error.cause
+    except ray.exceptions.RayError as error:
+        raise IdentityError(f"{who} does not answer: {error}") from error
 
 
 def _get_or_create(cls: type, kind: str, settings: Settings) -> Any:
-    project = hashlib.sha256(str(settings.state).encode()).hexdigest()[:12]
     here = ray.get_runtime_context().get_node_id()
     return (
         ray.remote(cls)
         .options(
-            name=f"ztserve-{kind}-{project}-{here}",
+            name=f"ztserve-{kind}-{_project(settings)}-{here}",
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -121,7 +155,7 @@ class AgentActor:
             authority,
             config.agent_directory(settings),
             identity.Rules(
-                settings.identity.trust_domain,
+                trust_domain=settings.identity.trust_domain,
                 worker_namespaces=(settings.identity.namespace,),
                 worker_parent=os.getppid(),
                 worker_ids=(settings.directory_id,),
@@ -198,6 +232,11 @@ class DirectoryActor:
                 lambda replicas: self._update(key, replicas),
                 self._loop,
             )
+
+    def listing(self) -> dict[str, tuple[transport.Endpoint, ...]]:
+        """Return all that is known, by namespace/service."""
+        with self._changed:
+            return dict(self._targets)
 
     def _update(self, key: str, replicas: Sequence[Mapping[str, Any]]) -> None:
         with self._changed:

@@ -94,6 +94,7 @@ class Replica:
         )
         self._server: transport.Server | None = None
         self._runner: Runner | None = None
+        self._walk: Pipeline | None = None
         self.address = ""
         self.description: Description | None = None
 
@@ -107,6 +108,11 @@ class Replica:
     def ongoing(self) -> int:
         """Calls that are running or queued."""
         return self._runner.ongoing if self._runner else 0
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """Calls so far by outcome."""
+        return self._walk.outcomes if self._walk else {}
 
     def start(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> str:
         """Verify and load the weights, then open the door; return the address.
@@ -131,7 +137,8 @@ class Replica:
             max_ongoing=self.plan.max_ongoing,
             max_queued=self.plan.max_queued,
         )
-        self._server = self._serve(self._pipeline(self._runner))
+        self._walk = self._pipeline(self._runner)
+        self._server = self._serve(self._walk)
         settings = self.plan.settings.transport
         host, port = self._server.start(
             settings.host, range(settings.first_port, settings.last_port + 1)
@@ -258,7 +265,9 @@ class Replica:
             limits=limits(self.plan.settings),
             delegates=self.plan.settings.authorization.delegates,
             on_refused=lambda refusal: record_refusal(log, refusal),
-            on_handshake_refused=log.refused_handshakes if self._whole_process else None,
+            on_handshake_refused=log.refused_handshakes
+            if self._whole_process
+            else None,
         )
 
 

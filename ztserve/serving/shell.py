@@ -9,9 +9,11 @@ replica of it.
 import asyncio
 import os
 import traceback
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray import serve
+from ray.util import metrics
 
 from ztserve import transport
 from ztserve.errors import ConfigError, Denied, ZTServeError
@@ -56,6 +58,7 @@ class Shell:
             self._replica, self._node = await asyncio.to_thread(
                 _start, self.deployment(), plan, args, kwargs
             )
+            self._meter = Meter(self._node.key)
         except ZTServeError as error:
             traceback.print_exc()
             raise StartupRefused(str(error)) from error.with_traceback(None)
@@ -80,6 +83,7 @@ class Shell:
         """Raise where this replica cannot answer."""
         self._replica.check_health()
         self._node.remind()
+        self._meter.read(self._replica.outcomes)
 
     async def __del__(self) -> None:
         replica = self.__dict__.get("_replica")
@@ -88,6 +92,27 @@ class Shell:
             await asyncio.sleep(min(_HEARD_S, grace_s / 2))
             await asyncio.to_thread(replica.stop, max(grace_s - 2 * _HEARD_S, 0.1))
             await asyncio.to_thread(self._node.close)
+
+
+class Meter:
+    """Ray's own metrics: ``ztserve_calls``, by deployment and outcome."""
+
+    def __init__(self, deployment: str) -> None:
+        self._calls = metrics.Counter(
+            "ztserve_calls",
+            description="Calls by outcome.",
+            tag_keys=("deployment", "outcome"),
+        )
+        self._calls.set_default_tags({"deployment": deployment})
+        self._told: dict[str, int] = {}
+
+    def read(self, outcomes: Mapping[str, int]) -> None:
+        """Add what has come since the last reading."""
+        for outcome, count in dict(outcomes).items():
+            new = count - self._told.get(outcome, 0)
+            if new > 0:
+                self._calls.inc(new, tags={"outcome": outcome})
+                self._told[outcome] = count
 
 
 class StartupRefused(ConfigError):

@@ -6,6 +6,8 @@ its exact SPIFFE ID before a byte of a request leaves.
 """
 
 from ztserve.transport.arrival import Refusal
+from ztserve.transport.async_client import AsyncClient
+from ztserve.transport.client import Client
 from ztserve.transport.directory import (
     WATCH,
     Directory,
@@ -15,14 +17,18 @@ from ztserve.transport.directory import (
 from ztserve.transport.handshakes import watch_handshakes
 from ztserve.transport.limits import Limits
 from ztserve.transport.methods import Method, inference_methods
+from ztserve.transport.protocol import Metadata
 from ztserve.transport.server import Server
 from ztserve.transport.status import http_status
 
 __all__ = [
     "WATCH",
+    "AsyncClient",
+    "Client",
     "Directory",
     "Endpoint",
     "Limits",
+    "Metadata",
     "Method",
     "Refusal",
     "Server",

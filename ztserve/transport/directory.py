@@ -73,6 +73,11 @@ def directory_methods(directory: Directory) -> tuple[Method, ...]:
     return (Method(PATH, WATCH, stream=watch),)
 
 
+def watch_request(deployment: str) -> bytes:
+    """Return the message that asks for `deployment`."""
+    return pb.WatchRequest(deployment=deployment).SerializeToString()
+
+
 def read_deployment(message: bytes) -> tuple[Endpoint, ...]:
     """Return the endpoints that a directory announces. Raises InvalidInput."""
     announced = codec.parse(pb.Deployment, message).endpoints

@@ -63,7 +63,11 @@ class Rpc:
             if time.monotonic() >= self.due:
                 late = f"{complaint} {patience_s:g} s"
                 raise DeadlineExceeded(late) from None
-            raise Cancelled("the caller went away") from None
+            most = self._limits.max_message_bytes
+            raise Cancelled(
+                "the call ended before its message was whole",
+                f"the caller went away, or its message is far beyond {most} bytes",
+            ) from None
         self.running()
         most = self._limits.max_message_bytes
         if message is not None and len(message) > most:
@@ -97,6 +101,8 @@ class Reaper:
     def close(self) -> None:
         """Sweep no more."""
         self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _sweep(self) -> None:
         while not self._closed.wait(SWEEP_S):

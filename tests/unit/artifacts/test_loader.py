@@ -22,6 +22,7 @@ def test_a_signed_directory_loads_with_its_weights_and_its_signers(workshop):
         ("trainer", "trainer"),
         ("deployer", "deployer"),
     ]
+    assert str(model.signers[0]).startswith("trainer as trainer (sha256:")
     assert model.release.digest == model.digest
 
 
@@ -87,9 +88,16 @@ def test_a_missing_file_is_refused(workshop):
 
 def test_a_registry_that_is_away_is_not_a_verification_error(workshop):
     for place in (workshop.path / "nowhere", workshop.path / "empty"):
-        with pytest.raises(RegistryError, match=r"no registry or model|is empty"):
+        with pytest.raises(RegistryError, match=r"no registry or model|is empty: pub"):
             verify_model(place, "digits", workshop.trust)
         (workshop.path / "empty").mkdir(exist_ok=True)
+
+
+def test_a_registry_that_is_just_being_made_is_waited_for(workshop):
+    workshop.published()
+    (workshop.registry / "index.json").unlink()
+    with pytest.raises(RegistryError, match=r"has no index.json"):
+        verify_model(workshop.registry, "digits", workshop.trust)
 
 
 def test_a_model_that_needs_more_memory_than_allowed_is_refused_unread(workshop):

@@ -122,6 +122,13 @@ def test_a_folder_that_is_something_else_is_not_made_a_registry(workshop):
         publish(root, root, name="digits", version="1")
 
 
+def test_a_registry_whose_making_was_cut_short_is_finished(workshop):
+    workshop.registry.mkdir()
+    (workshop.registry / "oci-layout").write_text("{}")
+    workshop.published()
+    assert verify_model(workshop.registry, "digits", workshop.trust)
+
+
 def test_an_alias_of_nothing_is_refused(workshop):
     with pytest.raises(RegistryError, match="is no registry"):
         set_alias(workshop.registry, name="digits", alias="a", version="1")

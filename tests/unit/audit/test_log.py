@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 
 from ztserve.audit import Log, verify_log
-from ztserve.errors import AuditError, Denied
+from ztserve.errors import AuditError, Denied, Unauthenticated
 
 
 def deny(log, call, times):
@@ -49,6 +49,25 @@ def test_a_refusal_cannot_be_counted_after_closing(log, call):
     log.close()
     with pytest.raises(AuditError, match="closed"), log.record(call()):
         raise Denied("no")
+
+
+def test_a_call_refused_before_it_was_one_has_a_line_and_is_counted_by_address(
+    log, records
+):
+    error = Unauthenticated("no", "expired")
+    for port in range(30):
+        log.refused("/x", error, principal="", address=f"10.0.0.9:{port}")
+    log.refused("/x", Denied("no"), principal="spiffe://t/a", address="nonsense")
+    log.flush()
+    first, *_, named, counted = records()
+    assert (first["status_code"], first["status_detail"]) == (
+        "Unauthenticated",
+        "expired",
+    )
+    assert first["src_endpoint"] == {"ip": "10.0.0.9", "port": 0}
+    assert first["api"] == {"operation": "/x"}
+    assert named["actor"]["user"]["uid"] == "spiffe://t/a"
+    assert (counted["count"], counted["actor"]["user"]["uid"]) == (10, "10.0.0.9")
 
 
 def test_served_calls_are_never_counted_together(log, call, records):

@@ -26,7 +26,7 @@ from ztserve.artifacts.layout import (
     parse_index,
 )
 from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
-from ztserve.artifacts.publish.atomic import replace, sync_folder
+from ztserve.artifacts.publish.atomic import create, replace, sync_folder
 from ztserve.artifacts.publish.signing import read_signed
 from ztserve.artifacts.registry import Resolved
 from ztserve.artifacts.release import check_name, check_release, parse_release
@@ -122,10 +122,12 @@ def _locked(root: Path) -> Iterator[None]:
         if not (root / LAYOUT_FILE).is_file():
             if any(root.iterdir()):
                 raise RegistryError(f"{root} is neither a registry nor empty")
-            (root / "blobs" / "sha256").mkdir(parents=True)
-            _write_index(root, [])
+            # First, and at once: it tells a registry to come from an unsigned folder.
             layout = json.dumps({"imageLayoutVersion": "1.0.0"})
-            replace(root / LAYOUT_FILE, layout.encode())
+            create(root / LAYOUT_FILE, layout.encode(), mode=0o644)
+        (root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+        if not (root / INDEX_FILE).exists():
+            _write_index(root, [])
         yield
     finally:
         os.close(descriptor)

@@ -1,0 +1,363 @@
+"""One HTTPS connection: TLS, one request after the other, and their time limits.
+
+A request is read only as far as it is wanted: its head first, its body when whoever
+answers asks for it. What a client sends beyond that waits, bounded, unread.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from enum import Enum, auto
+from typing import Any, Protocol, cast
+
+from ztserve.errors import CallError, Unavailable
+from ztserve.gateway import response
+from ztserve.gateway.head import END, Head, Malformed, read_head
+from ztserve.gateway.limits import Limits
+from ztserve.gateway.places import Places
+from ztserve.gateway.tls import Edge, HandshakeRefused, Session
+
+_LOG = logging.getLogger(__name__)
+
+_PIECE = 64 * 1024
+_MAX_WAITING = 256 * 1024
+"""Bytes of the wire, in or out, that may wait before the other side is made to."""
+_LINGER_S = 1.0
+_MAX_LINGERING = 1 << 20
+_NEVER = float("inf")
+
+
+class House(Protocol):
+    """What all connections of one gateway share."""
+
+    edge: Edge
+    limits: Limits
+    places: Places
+    connections: "set[Connection]"
+
+    def answer(self, connection: "Connection", head: Head) -> Coroutine[Any, Any, None]:
+        """Answer one request, whatever happens."""
+
+    def refused(self, cause: str) -> None:
+        """Count a connection that ended before there was a call."""
+
+
+class State(Enum):
+    """What a connection is doing."""
+
+    HANDSHAKE = auto()
+    HEAD = auto()
+    BODY = auto()
+    ANSWER = auto()
+    ENDING = auto()
+    CLOSED = auto()
+
+
+class Connection(asyncio.Protocol):
+    """The protocol of one client's connection."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._state = State.HANDSHAKE
+        self._session: Session
+        self._transport: asyncio.Transport
+        self._buffer = bytearray()
+        self._scanned = 0
+        self._waiting = 0
+        self._left = 0
+        """Bytes of the present request's body that nobody has read."""
+        self._closes = False
+        self._expects = False
+        self._task: asyncio.Task[None] | None = None
+        self._body: asyncio.Future[bytes] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._expires = _NEVER
+        self.streaming = False
+        """A streamed answer has begun: its status can no longer be changed."""
+        self.address, self.port = "", 0
+
+    # --- what asyncio tells -----------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the handshake, if there is a place for one more connection."""
+        self._transport = cast("asyncio.Transport", transport)
+        self.address, self.port = transport.get_extra_info("peername")[:2]
+        house = self._house
+        try:
+            session = house.edge.session()
+        except Unavailable as error:
+            self._turn_away(error.public)
+            return
+        if not house.places.connect(self.address):
+            self._turn_away("too many connections")
+            return
+        self._session = session
+        self._transport.set_write_buffer_limits(high=_MAX_WAITING)
+        house.connections.add(self)
+        self._expire(house.limits.handshake_s)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the wire."""
+        self._waiting += len(data)
+        if self._state in (State.ENDING, State.CLOSED):
+            if self._waiting > _MAX_LINGERING:
+                self._transport.abort()
+            return
+        try:
+            self._session.receive(data)
+        except HandshakeRefused as refused:
+            self._transport.write(self._session.outgoing())
+            self._house.refused(refused.args[0])
+            self._end(linger=False)
+            return
+        if sent := self._session.outgoing():
+            self._transport.write(sent)
+        if self._state is State.HANDSHAKE and self._session.established:
+            self._state = State.HEAD
+            self._expire(self._house.limits.header_s)
+        self._pump()
+
+    def eof_received(self) -> bool:
+        """Close: a client that stops sending is taken to have gone."""
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End what is being answered."""
+        if self._state is State.CLOSED:
+            return
+        if self._state is State.HANDSHAKE:
+            self._house.refused("connection closed in the handshake")
+        self._state = State.CLOSED
+        self._house.connections.discard(self)
+        self._house.places.disconnect(self.address)
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        """Have writers wait: the client does not take what it is sent."""
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        """Let writers go on."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- what the gateway tells -------------------------------------------------
+
+    def look(self, now: float) -> None:
+        """End what has taken too long."""
+        if now < self._expires:
+            return
+        refused = self._house.refused
+        if self._state is State.BODY and self._body is not None:
+            self._expires = _NEVER
+            if not self._body.done():
+                self._body.set_exception(Malformed(408, "the body took too long"))
+        elif self._state is State.HEAD and self._buffer:
+            self._refuse(Malformed(408, "the header took too long"))
+        elif self._state is State.HEAD:
+            self._end(linger=False)
+        else:
+            if self._state is State.HANDSHAKE:
+                self._state = State.ENDING
+                refused("handshake took too long")
+            elif self._state is State.ANSWER:
+                refused("client does not read")
+            self._transport.abort()
+
+    def judge(self) -> None:
+        """End the present answer if the client's identity does not hold any more."""
+        if self._task is not None and self.chain:
+            try:
+                self._house.edge.peer(self.chain)
+            except CallError as error:
+                _LOG.warning("an answer is cut off: %s", error)
+                self._transport.abort()
+
+    def finish(self) -> None:
+        """Close after the present answer; at once if there is none."""
+        self._closes = True
+        if self._state is State.HEAD:
+            self._end(linger=False)
+        elif self._state is State.HANDSHAKE:
+            self._transport.abort()
+
+    def abort(self) -> None:
+        """Close now."""
+        self._transport.abort()
+
+    # --- what whoever answers asks for ------------------------------------------
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        """The client's certificates (DER, leaf first); empty: it showed none."""
+        return self._session.chain
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client went away."""
+        return self._state is State.CLOSED
+
+    async def body(self) -> bytes:
+        """Return the body of the present request. Raises Malformed if it is late."""
+        if self._expects and len(self._buffer) < self._left:
+            self._write(response.CONTINUE)
+        self._state = State.BODY
+        self._body = asyncio.get_running_loop().create_future()
+        self._expire(self._house.limits.body_s)
+        self._pump()
+        try:
+            return await self._body
+        finally:
+            self._body = None
+            self._expires = _NEVER
+
+    async def reply(self, status: int, body: bytes, call_id: str = "") -> None:
+        """Send a whole answer."""
+        closes = self._closing()
+        await self._send(response.whole(status, body, closes=closes, call_id=call_id))
+
+    async def event(self, event: bytes, call_id: str) -> None:
+        """Send one event of a streamed answer; the first one begins it."""
+        piece = response.chunk(event)
+        if not self.streaming:
+            self.streaming, closes = True, self._closing()
+            piece = (
+                response.head(
+                    200, response.EVENTS, length=None, closes=closes, call_id=call_id
+                )
+                + piece
+            )
+        await self._send(piece)
+
+    async def last_event(self) -> None:
+        """End a streamed answer."""
+        self.streaming = False
+        await self._send(response.LAST_CHUNK)
+
+    def _closing(self) -> bool:
+        # A body that nobody wanted is never read, so nothing can follow it.
+        self._closes = self._closes or self._left > 0
+        return self._closes
+
+    async def _send(self, data: bytes) -> None:
+        for at in range(0, len(data), _MAX_WAITING):
+            self._write(data[at : at + _MAX_WAITING])
+            if self._writable is not None:
+                self._expire(self._house.limits.write_s)
+                await self._writable
+                self._expires = _NEVER
+
+    def _write(self, data: bytes) -> None:
+        self._transport.write(self._session.write(data))
+
+    # --- reading ----------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Read as far as is wanted."""
+        while self._state in (State.HEAD, State.BODY):
+            if self._advance():
+                continue
+            piece = self._session.read(_PIECE)
+            if piece is None:
+                self._waiting = 0
+                self._transport.resume_reading()
+                return
+            if not piece:
+                self._end(linger=False)
+                return
+            if self._state is State.HEAD and not self._buffer:
+                self._expire(self._house.limits.header_s)
+            self._buffer += piece
+        if self._waiting > _MAX_WAITING and self._state is State.ANSWER:
+            self._transport.pause_reading()
+
+    def _advance(self) -> bool:
+        """Return whether what is wanted was all there, and go on with it."""
+        if self._state is State.BODY:
+            if len(self._buffer) < self._left or self._body is None:
+                return False
+            body = bytes(self._buffer[: self._left])
+            del self._buffer[: self._left]
+            self._left, self._state = 0, State.ANSWER
+            if not self._body.done():
+                self._body.set_result(body)
+            return True
+        end = self._buffer.find(END, max(self._scanned - len(END), 0))
+        self._scanned = len(self._buffer)
+        most = self._house.limits.max_header_bytes
+        if end > most or (end < 0 and self._scanned > most):
+            self._refuse(Malformed(431, f"the header is larger than {most} bytes"))
+            return True
+        if end < 0:
+            return False
+        raw = bytes(self._buffer[:end])
+        del self._buffer[: end + len(END)]
+        self._begin(raw)
+        return True
+
+    def _begin(self, raw: bytes) -> None:
+        limits = self._house.limits
+        try:
+            head = read_head(
+                raw,
+                max_headers=limits.max_headers,
+                max_body_bytes=limits.max_body_bytes,
+            )
+        except Malformed as malformed:
+            self._refuse(malformed)
+            return
+        self._state, self._expires, self._scanned = State.ANSWER, _NEVER, 0
+        self._left, self._expects = head.length, head.expects
+        self._closes = self._closes or head.closes
+        answer = self._house.answer(self, head)
+        self._task = asyncio.get_running_loop().create_task(answer)
+        self._task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        failed = task.cancelled() or task.exception() is not None
+        if failed or self._state is not State.ANSWER or self.streaming:
+            if not task.cancelled() and task.exception() is not None:
+                _LOG.error("a request was not answered", exc_info=task.exception())
+            self._transport.abort()
+        elif self._closes:
+            self._end(linger=True)
+        else:
+            self._state = State.HEAD
+            self._expire(self._house.limits.idle_s)
+            self._pump()
+
+    # --- ending -----------------------------------------------------------------
+
+    def _refuse(self, malformed: Malformed) -> None:
+        """Say what is wrong with the request, and close: nothing after it is safe."""
+        self._house.refused(f"HTTP {malformed.status}")
+        body = response.told(malformed.message)
+        self._write(response.whole(malformed.status, body, closes=True))
+        self._end(linger=True)
+
+    def _end(self, *, linger: bool) -> None:
+        """Close properly; with `linger`, let the client read what it was told first.
+
+        A socket that is closed over unread bytes takes back what it has sent.
+        """
+        self._state = State.ENDING
+        self._transport.write(self._session.close())
+        if not linger:
+            self._transport.close()
+            return
+        self._waiting = 0
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._expire(_LINGER_S)
+
+    def _turn_away(self, cause: str) -> None:
+        self._state = State.CLOSED
+        self._house.refused(cause)
+        self._transport.abort()
+
+    def _expire(self, seconds: float) -> None:
+        self._expires = time.monotonic() + seconds

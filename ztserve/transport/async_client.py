@@ -1,0 +1,221 @@
+"""The client for event loops."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Self, cast
+
+import grpc
+import grpc.aio
+
+from ztserve.identity import Source, SpiffeId
+from ztserve.transport import protocol, values
+from ztserve.transport.async_upkeep import AsyncUpkeep
+from ztserve.transport.protocol import NONE, Metadata
+from ztserve.transport.replicas import Lane, Replicas
+from ztserve.transport.retry import SAFE, Attempts, Budget
+from ztserve.transport.route import Route
+from ztserve.types import Caller, Request, Tensor, Value
+
+
+class AsyncClient:
+    """As `Client`, for use on one event loop: the loop of its first call.
+
+    It can be made anywhere, also where no loop runs yet.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        source: Source,
+        server_id: str | None = None,
+        directory: str | None = None,
+        directory_id: str | None = None,
+        model: str = "",
+        timeout_s: float = protocol.TIMEOUT_S,
+    ) -> None:
+        self._replicas: Replicas[grpc.aio.Channel] = Replicas(self._close_channel)
+        self._route = Route(
+            target, source, self._replicas, server_id, directory, directory_id
+        )
+        self._model = model
+        self._timeout_s = timeout_s
+        self._budget = Budget()
+        self._datatypes: Mapping[str, str] | None = None
+        self._upkeep: AsyncUpkeep | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def server_id(self) -> SpiffeId:
+        """The SPIFFE ID that the server must prove."""
+        return self._route.server
+
+    async def infer(
+        self,
+        inputs: Mapping[str, values.Given],
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+        datatypes: Mapping[str, str] = NONE,
+    ) -> dict[str, Value]:
+        """Return the model's outputs by name; see `Client.infer`."""
+        request = await self._request(inputs, model, datatypes)
+        answer = await self.send(request, timeout_s=timeout_s, caller=caller)
+        return values.values(answer)
+
+    async def stream(
+        self,
+        inputs: Mapping[str, values.Given],
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+        datatypes: Mapping[str, str] = NONE,
+    ) -> AsyncIterator[dict[str, Value]]:
+        """Yield the model's outputs piece by piece; see `Client.infer`."""
+        request = await self._request(inputs, model, datatypes)
+        pieces = self.send_stream(request, timeout_s=timeout_s, caller=caller)
+        async for piece in pieces:
+            yield values.values(piece)
+
+    async def metadata(self, *, timeout_s: float | None = None) -> Metadata:
+        """Return what the deployment tells of itself."""
+        message = await self._unary(protocol.METADATA, protocol.ASK_METADATA, timeout_s)
+        return protocol.metadata(message)
+
+    async def ready(self, *, timeout_s: float | None = None) -> bool:
+        """Return whether the deployment says that it is ready."""
+        message = await self._unary(protocol.READY, protocol.ASK_READY, timeout_s)
+        return protocol.ready(message)
+
+    async def example(self) -> dict[str, values.Given]:
+        """Return an input of zeros, as the model declares its inputs."""
+        return (await self.metadata()).example()
+
+    async def send(
+        self,
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the answer to a request that is made already."""
+        message = values.message(request)
+        answer = await self._unary(protocol.INFER, message, timeout_s, caller)
+        return protocol.answer(answer)
+
+    async def send_stream(
+        self,
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+    ) -> AsyncIterator[tuple[Tensor, ...]]:
+        """Yield the answer to a request that is made already, piece by piece."""
+        server = self._route.server
+        message = values.message(request)
+        headers = protocol.headers(caller, server)
+        attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
+        while True:
+            left_s, lane = attempts.left_s(), await self._lane(attempts)
+            error: Exception | None = None
+            started, call = False, None
+            try:
+                call = _callable(lane, protocol.STREAM)(
+                    iter((message,)), timeout=left_s, metadata=headers
+                )
+                async for one in call:
+                    started = True
+                    yield protocol.piece(one, server)
+                self._budget.earn()
+                return
+            except grpc.RpcError as failed:
+                error = protocol.failure(failed, server)
+            finally:
+                if call is not None:
+                    call.cancel()
+                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+            if started:
+                raise protocol.midway(error)
+            await asyncio.sleep(attempts.pause_s(error, lane.address))
+
+    async def close(self) -> None:
+        """Take no more calls; those that run may end. May be called again."""
+        if self._upkeep is not None:
+            await self._upkeep.close()
+        await asyncio.gather(*self._closing)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _request(
+        self,
+        inputs: Mapping[str, values.Given],
+        model: str | None,
+        datatypes: Mapping[str, str],
+    ) -> Request:
+        if protocol.undeclared(inputs, datatypes):
+            datatypes = {**await self._declared(), **datatypes}
+        named = (self._model or self._route.model) if model is None else model
+        return values.request(inputs, model=named, datatypes=datatypes)
+
+    async def _declared(self) -> Mapping[str, str]:
+        if self._datatypes is None:
+            try:
+                self._datatypes = (await self.metadata()).datatypes
+            except protocol.MAY_NOT_ASK:
+                self._datatypes = NONE
+        return self._datatypes
+
+    async def _unary(
+        self,
+        path: str,
+        message: bytes,
+        timeout_s: float | None,
+        caller: Caller | None = None,
+    ) -> bytes:
+        server = self._route.server
+        headers = protocol.headers(caller, server)
+        attempts = Attempts(self._budget, timeout_s or self._timeout_s)
+        while True:
+            left_s, lane = attempts.left_s(), await self._lane(attempts)
+            error: Exception | None = None
+            try:
+                answer: bytes = await _callable(lane, path)(
+                    message, timeout=left_s, metadata=headers
+                )
+                self._budget.earn()
+                return answer
+            except grpc.RpcError as failed:
+                error = protocol.failure(failed, server)
+            finally:
+                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+            await asyncio.sleep(attempts.pause_s(error, lane.address))
+
+    async def _lane(self, attempts: Attempts) -> Lane[grpc.aio.Channel]:
+        if self._upkeep is None:
+            self._upkeep = AsyncUpkeep(self._route)
+            self._starting = asyncio.ensure_future(self._upkeep.start())
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
+            self._starting = None
+        return await self._upkeep.lane(attempts)
+
+    def _close_channel(self, channel: grpc.aio.Channel) -> None:
+        task = asyncio.ensure_future(channel.close(None))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+def _callable(lane: Lane[grpc.aio.Channel], path: str) -> Callable[..., Any]:
+    found: Callable[..., Any] | None = lane.calls.get(path)
+    if found is None:
+        channel = cast("Any", lane.channel)
+        make = channel.stream_stream if path == protocol.STREAM else channel.unary_unary
+        found = lane.calls[path] = make(path)
+    return found

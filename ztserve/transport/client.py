@@ -1,0 +1,224 @@
+"""The client for threads."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, cast
+
+import grpc
+
+from ztserve.identity import Source, SpiffeId
+from ztserve.transport import protocol, values
+from ztserve.transport.protocol import NONE, Metadata
+from ztserve.transport.replicas import Lane, Replicas
+from ztserve.transport.retry import SAFE, Attempts, Budget
+from ztserve.transport.route import Route
+from ztserve.transport.upkeep import Upkeep
+from ztserve.types import Caller, Request, Tensor, Value
+
+
+class Client:
+    """Calls one deployment over mutual TLS, its exact SPIFFE ID verified.
+
+    Args:
+        target: ``host:port``, or ``namespace/service`` to find the replicas, now and
+            at each change, in the directory.
+        source: our own identity, followed live.
+        server_id: the SPIFFE ID that the server must prove. Needed with ``host:port``;
+            else by default that of namespace and service in our own trust domain.
+        directory: ``host:port`` of the directory door.
+        directory_id: its SPIFFE ID, by default ``ns/ztserve/sa/directory``.
+        model: the model's name; by default whatever the deployment serves.
+        timeout_s: for calls that are given none.
+
+    Thread-safe. Each error of `ztserve.errors` that the server raised is raised here
+    again. A call that surely did not run is tried again, on another replica if there
+    is one, a few times within its timeout; `Interrupted` means that it may have run.
+
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        source: Source,
+        server_id: str | None = None,
+        directory: str | None = None,
+        directory_id: str | None = None,
+        model: str = "",
+        timeout_s: float = protocol.TIMEOUT_S,
+    ) -> None:
+        self._replicas: Replicas[grpc.Channel] = Replicas(_close)
+        self._route = Route(
+            target, source, self._replicas, server_id, directory, directory_id
+        )
+        self._model = model
+        self._timeout_s = timeout_s
+        self._budget = Budget()
+        self._datatypes: Mapping[str, str] | None = None
+        self._upkeep = Upkeep(self._route)
+
+    @property
+    def server_id(self) -> SpiffeId:
+        """The SPIFFE ID that the server must prove."""
+        return self._route.server
+
+    def infer(
+        self,
+        inputs: Mapping[str, values.Given],
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+        datatypes: Mapping[str, str] = NONE,
+    ) -> dict[str, Value]:
+        """Return the model's outputs by name: arrays, and texts as `str`.
+
+        `inputs` are arrays, texts or (nested) lists by name; a list takes the datatype
+        that the model declares, `datatypes` overrides by name. `caller` is the end
+        user on whose behalf we call; the server believes it of its delegates only.
+        Raises CallError, InferenceError or IdentityError.
+        """
+        request = self._request(inputs, model, datatypes)
+        return values.values(self.send(request, timeout_s=timeout_s, caller=caller))
+
+    def stream(
+        self,
+        inputs: Mapping[str, values.Given],
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+        datatypes: Mapping[str, str] = NONE,
+    ) -> Iterator[dict[str, Value]]:
+        """Yield the model's outputs piece by piece; see `infer`."""
+        request = self._request(inputs, model, datatypes)
+        for piece in self.send_stream(request, timeout_s=timeout_s, caller=caller):
+            yield values.values(piece)
+
+    def metadata(self, *, timeout_s: float | None = None) -> Metadata:
+        """Return what the deployment tells of itself."""
+        message = self._unary(protocol.METADATA, protocol.ASK_METADATA, timeout_s)
+        return protocol.metadata(message)
+
+    def ready(self, *, timeout_s: float | None = None) -> bool:
+        """Return whether the deployment says that it is ready."""
+        message = self._unary(protocol.READY, protocol.ASK_READY, timeout_s)
+        return protocol.ready(message)
+
+    def example(self) -> dict[str, values.Given]:
+        """Return an input of zeros, as the model declares its inputs."""
+        return self.metadata().example()
+
+    def send(
+        self,
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the answer to a request that is made already."""
+        message = values.message(request)
+        answer = self._unary(protocol.INFER, message, timeout_s, caller)
+        return protocol.answer(answer)
+
+    def send_stream(
+        self,
+        request: Request,
+        *,
+        timeout_s: float | None = None,
+        caller: Caller | None = None,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the answer to a request that is made already, piece by piece."""
+        server = self._route.server
+        message = values.message(request)
+        headers = protocol.headers(caller, server)
+        attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
+        while True:
+            left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)
+            error: Exception | None = None
+            started, call = False, None
+            try:
+                call = _callable(lane, protocol.STREAM)(
+                    iter((message,)), timeout=left_s, metadata=headers
+                )
+                for one in call:
+                    started = True
+                    yield protocol.piece(one, server)
+                self._budget.earn()
+                return
+            except grpc.RpcError as failed:
+                error = protocol.failure(failed, server)
+            finally:
+                if call is not None:
+                    call.cancel()
+                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+            if started:
+                raise protocol.midway(error)
+            time.sleep(attempts.pause_s(error, lane.address))
+
+    def close(self) -> None:
+        """Take no more calls; those that run may end. May be called again."""
+        self._upkeep.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _request(
+        self,
+        inputs: Mapping[str, values.Given],
+        model: str | None,
+        datatypes: Mapping[str, str],
+    ) -> Request:
+        if protocol.undeclared(inputs, datatypes):
+            datatypes = {**self._declared(), **datatypes}
+        named = (self._model or self._route.model) if model is None else model
+        return values.request(inputs, model=named, datatypes=datatypes)
+
+    def _declared(self) -> Mapping[str, str]:
+        if self._datatypes is None:
+            try:
+                self._datatypes = self.metadata().datatypes
+            except protocol.MAY_NOT_ASK:
+                self._datatypes = NONE
+        return self._datatypes
+
+    def _unary(
+        self,
+        path: str,
+        message: bytes,
+        timeout_s: float | None,
+        caller: Caller | None = None,
+    ) -> bytes:
+        server = self._route.server
+        headers = protocol.headers(caller, server)
+        attempts = Attempts(self._budget, timeout_s or self._timeout_s)
+        while True:
+            left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)
+            error: Exception | None = None
+            try:
+                answer: bytes = _callable(lane, path)(
+                    message, timeout=left_s, metadata=headers
+                )
+                self._budget.earn()
+                return answer
+            except grpc.RpcError as failed:
+                error = protocol.failure(failed, server)
+            finally:
+                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+            time.sleep(attempts.pause_s(error, lane.address))
+
+
+def _close(channel: grpc.Channel) -> None:
+    channel.close()
+
+
+def _callable(lane: Lane[grpc.Channel], path: str) -> Callable[..., Any]:
+    found: Callable[..., Any] | None = lane.calls.get(path)
+    if found is None:
+        channel = cast("Any", lane.channel)
+        make = channel.stream_stream if path == protocol.STREAM else channel.unary_unary
+        found = lane.calls[path] = make(path)
+    return found

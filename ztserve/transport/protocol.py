@@ -1,0 +1,141 @@
+"""What both clients say and hear, apart from the waiting."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, cast
+
+import grpc
+
+from ztserve.errors import (
+    Denied,
+    InferenceError,
+    Interrupted,
+    NotFound,
+    Unavailable,
+    ZTServeError,
+)
+from ztserve.transport import callers, codec, status, values
+from ztserve.transport.methods import SERVICE
+from ztserve.transport.v1 import inference_pb2 as pb
+from ztserve.types import Caller, Tensor
+
+INFER = SERVICE + "ModelInfer"
+STREAM = SERVICE + "ModelStreamInfer"
+READY = SERVICE + "ServerReady"
+METADATA = SERVICE + "ModelMetadata"
+
+ASK_READY = pb.ServerReadyRequest().SerializeToString()
+ASK_METADATA = pb.ModelMetadataRequest().SerializeToString()
+NONE: Mapping[str, str] = MappingProxyType({})
+
+MAX_MESSAGE_BYTES = 64 << 20
+TIMEOUT_S = 30.0
+STREAM_TIMEOUT_S = 600.0
+KNOWN_S = 5.0
+"""How long a call waits for the directory to name a first replica."""
+READY_S = 5.0
+"""How long a new channel may take before it replaces an older one."""
+AGAIN_S = 1.0
+"""Pause before the directory, or a replica's new channel, is tried again."""
+RENEW_S = 600.0
+"""Each server is verified anew at least this often."""
+MAY_NOT_ASK = (Denied, NotFound)
+
+
+class Declared(NamedTuple):
+    """An input or output that a model declares; -1 in its shape: any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a deployment tells of itself."""
+
+    model: str
+    version: str
+    digest: str
+    inputs: tuple[Declared, ...]
+    outputs: tuple[Declared, ...]
+
+    @property
+    def datatypes(self) -> dict[str, str]:
+        """The datatype of each input by name."""
+        return {one.name: one.datatype for one in self.inputs}
+
+    def example(self) -> dict[str, values.Given]:
+        """Return an input of zeros."""
+        return dict(values.example(self.inputs))
+
+
+def headers(caller: Caller | None, server: str) -> tuple[tuple[str, bytes], ...] | None:
+    """Return the metadata of a call on behalf of `caller`."""
+    if caller is None:
+        return None
+    return ((callers.HEADER, callers.written(caller, audience=server)),)
+
+
+def answer(message: bytes) -> tuple[Tensor, ...]:
+    """Return the outputs in a ModelInferResponse."""
+    return values.tensors(codec.parse(pb.ModelInferResponse, message))
+
+
+def piece(message: bytes, server: str) -> tuple[Tensor, ...]:
+    """Return the outputs in a ModelStreamInferResponse, or raise its error."""
+    m = codec.parse(pb.ModelStreamInferResponse, message)
+    if m.error_message:
+        known = m.infer_response.parameters
+        name = known[status.ERROR_KEY].string_param or InferenceError.__name__
+        call_id = known[status.CALL_KEY].string_param
+        raise status.rebuilt(name, m.error_message, call_id, server)
+    return values.tensors(m.infer_response)
+
+
+def metadata(message: bytes) -> Metadata:
+    """Return what a ModelMetadataResponse says."""
+    m = codec.parse(pb.ModelMetadataResponse, message)
+    return Metadata(
+        m.name,
+        m.versions[0] if m.versions else "",
+        m.properties.get("digest", ""),
+        _declared(m.inputs),
+        _declared(m.outputs),
+    )
+
+
+def ready(message: bytes) -> bool:
+    """Return what a ServerReadyResponse says."""
+    return codec.parse(pb.ServerReadyResponse, message).ready
+
+
+def midway(error: Exception) -> Exception:
+    """Return `error` as it is to be told after a part of the answer has come."""
+    if isinstance(error, Unavailable):
+        return Interrupted("the connection broke during the answer", str(error))
+    return error
+
+
+def failure(error: grpc.RpcError, server: str) -> ZTServeError:
+    """Return the typed error of a failed call."""
+    known = cast("grpc.Call", error)
+    code, details = known.code(), known.details() or ""
+    return status.translated(code, details, known.trailing_metadata() or (), server)
+
+
+def undeclared(
+    inputs: Mapping[str, values.Given], datatypes: Mapping[str, str]
+) -> bool:
+    """Return whether an input is a list, whose datatype only the model can tell."""
+    return any(
+        isinstance(value, list | tuple | int | float) and name not in datatypes
+        for name, value in inputs.items()
+    )
+
+
+def _declared(
+    specs: Sequence[pb.ModelMetadataResponse.TensorMetadata],
+) -> tuple[Declared, ...]:
+    return tuple(Declared(one.name, one.datatype, tuple(one.shape)) for one in specs)
