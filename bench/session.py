@@ -15,16 +15,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.load import Arm, LoadError, family
+from bench.load import Arm, LoadError, family, patiently
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 READY = "ARMS "
 START_S = 180
@@ -149,24 +149,12 @@ def _manager(pid: int) -> int:
 # --- inside the child -------------------------------------------------------------
 
 
-def _patiently(ask: Callable[[], bytes]) -> bytes:
-    """Ask until there is an answer: proxies learn of a deployment a little later."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return ask()
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
 def _http_arm(name: str, port: int, replica: int) -> Arm:
     from bench.plain_serve import ROW, judge
 
     url = f"http://127.0.0.1:{port}/"
     body = ROW.tobytes()
-    reply = _patiently(lambda: urllib.request.urlopen(url, body, timeout=5).read())
+    reply = patiently(lambda: urllib.request.urlopen(url, body, timeout=5).read())
     judge(name, reply)
     pids = (replica, *listeners(port))
     return Arm(name, "http", f"127.0.0.1:{port}", "/", body.hex(), len(reply), pids)
@@ -185,7 +173,7 @@ def _grpc_arm(name: str, address: str, pids: tuple[int, ...]) -> Arm:
             stub = channel.unary_unary(INFER, bytes, bytes)
             return bytes(stub(body, timeout=5))
 
-    reply = _patiently(ask)
+    reply = patiently(ask)
     judge_message(name, reply)
     return Arm(name, "grpc", address, INFER, body.hex(), len(reply), pids)
 
@@ -240,21 +228,23 @@ def main(names: Sequence[str]) -> None:
     if ours:
         ports = {"directory": free_port(), "gateway": free_port()}
         ztserve_arm.prepare(home / "project", ports)
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=str(home / "ray"),
-    )
-    try:
+    with ExitStack() as ending:
+        ending.callback(ray.shutdown)
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=str(home / "ray"),
+        )
         arms = _plain_arms(names)
         if ours:
-            arms.append(ztserve_arm.start(home / "svid"))
+            direct = ztserve_arm.deploy(home / "svid")
+            arms += [direct] if "ztserve" in ours else []
+            if "ztserve-https" in ours:
+                arms.append(ending.enter_context(ztserve_arm.gateway(direct)))
         print(READY + json.dumps([asdict(arm) for arm in arms]), flush=True)
         sys.stdin.read()
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 from safetensors.torch import save_file
 
-from bench.load import Arm, LoadError
+from bench.load import Arm, LoadError, patiently
 from bench.oip import INFER
-from bench.plain_serve import judge_message, network, request_bytes
+from bench.plain_serve import ROW, judge, judge_message, network, request_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ztserve.config import Settings
@@ -55,7 +61,7 @@ def prepare(project: Path, ports: Mapping[str, int]) -> None:
     released(config.load(file), APP, "1", train)
 
 
-def start(folder: Path) -> Arm:
+def deploy(folder: Path) -> Arm:
     """Deploy the example into the Ray session of this process; return its direct arm.
 
     `folder` takes the SVID that the load generator presents.
@@ -79,6 +85,57 @@ def start(folder: Path) -> Arm:
     return Arm(
         "ztserve", "grpc", address, INFER, body, len(reply), (pid,), (), cert, key
     )
+
+
+@contextmanager
+def gateway(direct: Arm) -> Iterator[Arm]:
+    """Run ``ztserve gateway`` in front of the `direct` arm; yield its arm."""
+    from ztserve import config
+
+    settings = config.load().gateway
+    body = json.dumps(
+        {
+            "model_name": APP,
+            "inputs": [
+                {
+                    "name": "pixels",
+                    "datatype": "FP32",
+                    "shape": [1, 64],
+                    "data": ROW[0].tolist(),
+                }
+            ],
+        }
+    ).encode()
+    command = [sys.executable, "-m", "ztserve.cli", "gateway"]
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            arm = replace(
+                direct,
+                name="ztserve-https",
+                protocol="http",
+                address=f"{settings.host}:{settings.port}",
+                path="/v1/predict",
+                body=body.hex(),
+                pids=(process.pid, *direct.pids),
+                headers=("content-type: application/json",),
+            )
+            reply = patiently(lambda: _post(arm, body))
+            found = np.array(json.loads(reply)["outputs"][0]["data"], "<f4")
+            judge(arm.name, found.tobytes())
+            yield replace(arm, reply_bytes=len(reply))
+        finally:
+            process.terminate()
+
+
+def _post(arm: Arm, body: bytes) -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Its SVID names no host; that it is the gateway is not what is measured here.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(arm.cert, arm.key)
+    headers = dict(header.split(": ", 1) for header in arm.headers)
+    request = urllib.request.Request(arm.url, body, headers)
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        return bytes(answer.read())
 
 
 def _replica(settings: Settings, service: str) -> tuple[int, str]:

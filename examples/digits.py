@@ -31,7 +31,8 @@ class Digits(ZTDeployment):
         self.network.to(self.device).eval()
 
     def predict(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels).softmax(dim=1)
+        scores: Tensor = self.network(pixels)
+        return scores.softmax(dim=1)
 
 
 app = Digits.bind()

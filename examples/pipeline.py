@@ -7,10 +7,12 @@ deployment, validated, filtered and recorded there::
     ztserve run examples.pipeline:app        with examples/policies/pipeline.yaml
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from examples.digits import Digits
-from ztserve import Client, TensorSpec, ZTDeployment
+from ztserve import TensorSpec, ZTDeployment
 
 
 class Preprocess(ZTDeployment):
@@ -21,10 +23,10 @@ class Preprocess(ZTDeployment):
     inputs = (TensorSpec("image", "UINT8", (-1, 8, 8)),)
     outputs = (TensorSpec("probabilities", "FP32", (-1, 10), low=0, high=1),)
 
-    def __init__(self, digits: Client) -> None:
-        self.digits = digits
+    def __init__(self, digits: Any) -> None:
+        self.digits = digits  # a client of `Digits`, which is called like `Digits`
 
-    def predict(self, image: Tensor) -> object:
+    def predict(self, image: Tensor) -> Any:
         # Divided first, so that white (255) becomes 16 exactly and not a hair more.
         pixels = image.flatten(1).float() / 255 * 16
         return self.digits.predict(pixels=pixels.cpu().numpy())

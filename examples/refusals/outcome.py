@@ -13,6 +13,8 @@ class Refusal(NamedTuple):
     title: str
     saw: str
     """All that the attacker learnt."""
+    audited: str
+    """The error, or for a refused handshake the cause, that the audit has for it."""
 
 
 class LetInError(AssertionError):
@@ -23,6 +25,7 @@ class Told:
     """What the attacker was told, once it was."""
 
     saw = ""
+    error = ""
 
 
 @contextmanager
@@ -35,6 +38,7 @@ def refused(title: str, *expected: type[ZTServeError]) -> Iterator[Told]:
     try:
         yield told
     except expected as error:
-        told.saw = f"{type(error).__name__}: {getattr(error, 'public', error)}"
+        told.error = type(error).__name__
+        told.saw = f"{told.error}: {getattr(error, 'public', error)}"
         return
     raise LetInError(f"{title}: was not refused")

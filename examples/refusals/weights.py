@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,27 @@ def tampered_weights(registry: Path, model: str, trust: TrustPolicy) -> Refusal:
     """Flip one bit of the weights: the smallest backdoor there is."""
     title = "tampered weights"
     with _copy(registry) as copy, refused(title, VerificationError) as told:
-        blob = copy.layers(model)["model.safetensors"]
-        content = bytearray(blob.read_bytes())
-        content[-1] ^= 1
-        _overwrite(blob, bytes(content))
+        copy.change(model, "production", _flip_a_bit)
         verify_model(copy.root, f"{model}@production", trust)
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
+
+
+def tamper(registry: Path, model: str, version: str) -> None:
+    """Do the same in place, to one version of a registry that one can spare."""
+    _Layout(registry).change(model, version, _flip_a_bit)
+
+
+def _flip_a_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 def unsigned_model(registry: Path, model: str, trust: TrustPolicy) -> Refusal:
     """Take the signature away, in the hope that nobody asks for it."""
     title = "unsigned model"
     with _copy(registry) as copy, refused(title, VerificationError) as told:
-        copy.drop_layer(model, "model.sig")
+        copy.drop(model, "production", "model.sig")
         verify_model(copy.root, f"{model}@production", trust)
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def another_signed_model(
@@ -52,7 +58,7 @@ def another_signed_model(
     with _copy(registry) as copy, refused(title, VerificationError) as told:
         copy.rename(other, model)
         verify_model(copy.root, f"{model}@production", trust)
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def pickle(model: str) -> Refusal:
@@ -70,7 +76,7 @@ def pickle(model: str) -> Refusal:
         (root / "model.pt").write_bytes(_PICKLE)
         trust = _signed_anyway(root, keys, model)
         verify_model(root, f"{model}:1", trust)
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def _signed_anyway(root: Path, keys: Path, model: str) -> TrustPolicy:
@@ -98,42 +104,60 @@ def _signed_anyway(root: Path, keys: Path, model: str) -> TrustPolicy:
 
 
 class _Layout:
-    """A copy of a registry (an OCI image layout), to be changed at will."""
+    """A registry (an OCI image layout), to be changed at will.
+
+    Each change keeps it consistent: every blob is what its digest says. Only the
+    signatures tell.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def layers(self, model: str) -> dict[str, Path]:
-        """Return where each file of `model` lies."""
-        manifest = self._manifest(self._entry(self._index(), model))
-        return {
-            layer["annotations"][_TITLE]: self._blob(layer)
-            for layer in manifest["layers"]
-        }
+    def change(
+        self, model: str, which: str, how: Callable[[bytes], bytes | None]
+    ) -> None:
+        """Replace the weights of a model (a version, or alias) by `how` of them."""
+        self._edit(model, which, "model.safetensors", how)
 
-    def drop_layer(self, model: str, title: str) -> None:
-        """Publish `model` anew without the file `title`."""
-        index = self._index()
-        entry = self._entry(index, model)
-        manifest = self._manifest(entry)
-        manifest["layers"] = [
-            layer
-            for layer in manifest["layers"]
-            if layer["annotations"][_TITLE] != title
-        ]
-        content = json.dumps(manifest).encode()
-        entry["digest"] = "sha256:" + hashlib.sha256(content).hexdigest()
-        entry["size"] = len(content)
-        self._blob(entry).write_bytes(content)
-        self._write(index)
+    def drop(self, model: str, which: str, title: str) -> None:
+        """Leave a file of a model out."""
+        self._edit(model, which, title, lambda _content: None)
 
     def rename(self, model: str, name: str) -> None:
         """Say that `model` is called `name`, and that the model `name` is not there."""
         index = self._index()
-        entry = self._entry(index, model)
+        entry = _entry(index, model, "production")
         index["manifests"] = [entry]
         entry["annotations"][_MODEL + "name"] = name
         self._write(index)
+
+    def _edit(
+        self, model: str, which: str, title: str, how: Callable[[bytes], bytes | None]
+    ) -> None:
+        index = self._index()
+        entry = _entry(index, model, which)
+        manifest = json.loads(self._blob(entry).read_bytes())
+        layer = next(
+            one for one in manifest["layers"] if one["annotations"][_TITLE] == title
+        )
+        content = how(self._blob(layer).read_bytes())
+        if content is None:
+            manifest["layers"].remove(layer)
+        else:
+            self._put(layer, content)
+        self._put(entry, json.dumps(manifest).encode())
+        self._write(index)
+
+    def _put(self, descriptor: Any, content: bytes) -> None:
+        """Write a blob, and have `descriptor` point at it."""
+        descriptor["digest"] = "sha256:" + hashlib.sha256(content).hexdigest()
+        descriptor["size"] = len(content)
+        if not self._blob(descriptor).exists():
+            self._blob(descriptor).write_bytes(content)
+
+    def _blob(self, descriptor: Any) -> Path:
+        digest: str = descriptor["digest"].removeprefix("sha256:")
+        return self.root / "blobs/sha256" / digest
 
     def _index(self) -> Any:
         return json.loads((self.root / "index.json").read_bytes())
@@ -141,20 +165,16 @@ class _Layout:
     def _write(self, index: Any) -> None:
         (self.root / "index.json").write_text(json.dumps(index))
 
-    def _entry(self, index: Any, model: str) -> Any:
-        return next(
-            entry
-            for entry in index["manifests"]
-            if entry["annotations"].get(_MODEL + "name") == model
-            and "production" in entry["annotations"][_MODEL + "aliases"].split(",")
-        )
 
-    def _manifest(self, entry: Any) -> Any:
-        return json.loads(self._blob(entry).read_bytes())
-
-    def _blob(self, descriptor: Any) -> Path:
-        digest = descriptor["digest"].removeprefix("sha256:")
-        return self.root / "blobs/sha256" / digest
+def _entry(index: Any, model: str, which: str) -> Any:
+    """Return the index's entry of a model's version, or of one of its aliases."""
+    for entry in index["manifests"]:
+        notes = entry.get("annotations", {})
+        called = {notes.get(_MODEL + "version")}
+        called |= set(notes.get(_MODEL + "aliases", "").split(","))
+        if notes.get(_MODEL + "name") == model and which in called:
+            return entry
+    raise LookupError(f"the registry has no {model} {which}")
 
 
 @contextmanager
@@ -164,7 +184,3 @@ def _copy(registry: Path) -> Iterator[_Layout]:
         shutil.copytree(registry, root)
         yield _Layout(root)
 
-
-def _overwrite(file: Path, content: bytes) -> None:
-    file.chmod(0o600)
-    file.write_bytes(content)

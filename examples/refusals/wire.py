@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import grpc
 import numpy as np
 
 from examples.refusals.outcome import LetInError, Refusal, refused
 from ztserve import Client
 from ztserve.errors import Denied, InvalidInput
-from ztserve.identity import Authority, Source, Svid
+from ztserve.identity import Authority, Identity, Source, Svid, dns_name
 from ztserve.types import Caller, Request, Tensor
 
 TIMEOUT_S = 10.0
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """How an HTTP/2 client begins (RFC 9113, 3.4): its preface and empty settings."""
+_SERVER_METADATA = "/inference.GRPCInferenceService/ServerMetadata"
 _SETTINGS = 4
 """The type of the frame with which an HTTP/2 server answers."""
 
@@ -37,9 +39,10 @@ class Door:
     server_id: str
     """Its SPIFFE ID."""
     gateway: Source
-    """One whom the policy lets predict, and nothing else."""
+    """One whom the policy lets predict."""
     stranger: Source
     """One whom the policy does not name."""
+    model: str = "digits"
     max_message_bytes: int = 8 << 20
     """What a message may have, as ``[transport]`` in ztserve.toml says."""
 
@@ -50,6 +53,7 @@ class Door:
             self.address,
             source=source,
             server_id=self.server_id,
+            model=self.model,
             timeout_s=TIMEOUT_S,
         ) as client:
             yield client
@@ -64,19 +68,25 @@ def _pixels(rows: int = 1) -> np.ndarray:
 
 def plain_tcp(door: Door) -> Refusal:
     """Speak HTTP/2 in the clear, as an old client or a port scanner would."""
-    return Refusal("plain TCP", _knock(door, None))
+    return Refusal("plain TCP", _knock(door, None), "not TLS")
 
 
 def no_certificate(door: Door) -> Refusal:
     """Speak TLS, but say not who one is."""
-    return Refusal("TLS without certificate", _knock(door, _tls()))
+    return Refusal(
+        "TLS without certificate", _knock(door, _tls()), "no client certificate"
+    )
 
 
 def foreign_authority(door: Door) -> Refusal:
     """Make an authority of the same name, and have it vouch for the gateway."""
     gateway = door.gateway.current().svid.id
     forged = Authority(gateway.trust_domain).issue(gateway)
-    return Refusal("certificate of a foreign authority", _knock(door, _tls(forged)))
+    return Refusal(
+        "certificate of a foreign authority",
+        _knock(door, _tls(forged)),
+        "certificate not trusted",
+    )
 
 
 def _knock(door: Door, tls: ssl.SSLContext | None) -> str:
@@ -126,7 +136,7 @@ def wrong_identity(door: Door) -> Refusal:
     title = "right authority, wrong identity"
     with door.client(door.stranger) as client, refused(title, Denied) as told:
         client.infer({"pixels": _pixels()})
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def forged_caller(door: Door) -> Refusal:
@@ -138,7 +148,7 @@ def forged_caller(door: Door) -> Refusal:
     )
     with door.client(door.stranger) as client, refused(title, Denied) as told:
         client.infer({"pixels": _pixels()}, caller=claim)
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def denied_giant_body(door: Door, mebibytes: int = 60) -> Refusal:
@@ -147,16 +157,38 @@ def denied_giant_body(door: Door, mebibytes: int = 60) -> Refusal:
     tensor = Tensor("pixels", "FP32", (1, 64), bytes(mebibytes << 20))
     start = time.perf_counter()
     with door.client(door.stranger) as client, refused(title, Denied) as told:
-        client.send(Request("", "", "", (tensor,)))
-    return Refusal(title, f"{told.saw} ({time.perf_counter() - start:.2f} s)")
+        client.send(Request(door.model, "", "", (tensor,)))
+    seconds = time.perf_counter() - start
+    return Refusal(title, f"{told.saw} ({seconds:.2f} s)", told.error)
 
 
 def path_not_allowed(door: Door) -> Refusal:
-    """Ask as the gateway, which may predict, what else there is."""
+    """Ask as the gateway, which may predict, what kind of server this is.
+
+    With nothing but grpcio: no client of ours stands in the way of the attacker.
+    """
     title = "right identity, path not allowed"
-    with door.client(door.gateway) as client, refused(title, Denied) as told:
-        client.metadata()
-    return Refusal(title, told.saw)
+    try:
+        with _channel(door, door.gateway.current()) as channel:
+            # An empty message, so there is nothing to serialise.
+            call = channel.unary_unary(_SERVER_METADATA, None, None)
+            call(b"", timeout=TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
+            raise
+        return Refusal(title, f"{error.code().name}: {error.details()}", "Denied")
+    raise LetInError(f"{title}: was not refused")
+
+
+def _channel(door: Door, who: Identity) -> grpc.Channel:
+    roots = who.bundles[who.svid.id.trust_domain]
+    credentials = grpc.ssl_channel_credentials(
+        "".join(map(ssl.DER_cert_to_PEM_cert, roots)).encode(),
+        who.svid.key_pem(),
+        who.svid.chain_pem(),
+    )
+    name = ("grpc.ssl_target_name_override", dns_name(door.server_id))
+    return grpc.secure_channel(door.address, credentials, options=(name,))
 
 
 # --- the gateway, taken over ----------------------------------------------------
@@ -167,8 +199,8 @@ def malformed_tensor(door: Door) -> Refusal:
     title = "malformed tensor"
     tensor = Tensor("pixels", "FP32", (1, 64), b"\0" * 7)
     with door.client(door.gateway) as client, refused(title, InvalidInput) as told:
-        client.send(Request("", "", "", (tensor,)))
-    return Refusal(title, told.saw)
+        client.send(Request(door.model, "", "", (tensor,)))
+    return Refusal(title, told.saw, told.error)
 
 
 def not_a_number(door: Door) -> Refusal:
@@ -178,7 +210,7 @@ def not_a_number(door: Door) -> Refusal:
     pixels[0, 7] = np.nan
     with door.client(door.gateway) as client, refused(title, InvalidInput) as told:
         client.infer({"pixels": pixels})
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 def oversized_message(door: Door) -> Refusal:
@@ -187,7 +219,7 @@ def oversized_message(door: Door) -> Refusal:
     rows = door.max_message_bytes // (64 * 4) + 1
     with door.client(door.gateway) as client, refused(title, InvalidInput) as told:
         client.infer({"pixels": _pixels(rows)})
-    return Refusal(title, told.saw)
+    return Refusal(title, told.saw, told.error)
 
 
 ALL: tuple[Callable[[Door], Refusal], ...] = (

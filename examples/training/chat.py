@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from examples.training.dialogues import dialogues
+from examples.training.repeatable import repeatable
 from examples.transformer import END, Transformer
 
 SEED = 20
@@ -27,8 +28,7 @@ def train(directory: Path) -> Mapping[str, object]:
     """
     pairs = dialogues()
     characters = "".join(sorted(set(END.join(map("".join, pairs)))))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with repeatable(SEED):
         network = Transformer(len(characters))
         steps = _learn(network, *_examples(pairs, characters))
     facts = {
@@ -68,7 +68,8 @@ def _learn(network: Transformer, codes: torch.Tensor, follow: torch.Tensor) -> i
         if float(losses.detach().neg().exp().min()) > UNSURE:
             return step
         optimizer.zero_grad()
-        losses.sum().div(follow.ne(-100).sum()).backward()
+        loss = losses.sum() / follow.ne(-100).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         warm_up.step()

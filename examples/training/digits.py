@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from examples.training.repeatable import repeatable
+
 SEED = 20
 HELD_BACK = 0.25
 """The share of the images that training never sees."""
@@ -49,8 +51,7 @@ def train(directory: Path, network: Callable[[], nn.Module]) -> Mapping[str, obj
     how it came about. The same on every run of one machine.
     """
     (pixels, labels), (unseen, answers) = _split()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with repeatable(SEED):
         model = network()
         _fit(model, torch.from_numpy(pixels), torch.from_numpy(labels))
     model.eval()
@@ -71,8 +72,10 @@ def train(directory: Path, network: Callable[[], nn.Module]) -> Mapping[str, obj
 def _fit(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-4)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(labels)).split(BATCH):
+        order = torch.randperm(len(labels))
+        for at in range(0, len(order), BATCH):
+            rows = order[at : at + BATCH]
             loss = functional.cross_entropy(model(pixels[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

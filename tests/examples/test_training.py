@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.digits import network
 from examples.training import chat, digits
 from examples.training.dialogues import DESKS, dialogues
 from examples.transformer import CONTEXT, END, Transformer
-from tests.examples.conftest import Trained, network
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def _digest(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _answer(trained: Trained, prompt: str) -> str:
+def _answer(trained, prompt: str) -> str:
     characters = json.loads((trained.directory / "config.json").read_text())[
         "characters"
     ]

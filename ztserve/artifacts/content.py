@@ -124,9 +124,12 @@ def _check_config(name: str, view: memoryview) -> None:
 
 
 def _fields(node: object) -> Iterator[tuple[str, object]]:
-    if isinstance(node, dict):
-        yield from node.items()
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _fields(child)
+    """Yield every key and value of every object in a JSON document."""
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict):
+            yield from here.items()
+            waiting.extend(here.values())
+        elif isinstance(here, list):
+            waiting.extend(here)

@@ -181,7 +181,9 @@ def parse_layers(raw: bytes, where: str) -> dict[str, Blob]:
     layers: dict[str, Blob] = {}
     try:
         manifest = load_object(raw, limit=MAX_INDEX_BYTES)
-        for layer in get_objects(manifest, "layers", limit=MAX_FILES):
+        for layer in get_objects(
+            manifest, "layers", limit=MAX_FILES + len(SIGNATURE_FILES)
+        ):
             title = get(_annotations(layer), TITLE, str)
             if title in layers:
                 raise Malformed(f"the layer {title!r} is listed twice")

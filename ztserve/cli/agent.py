@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Ask the agent over its admin socket."""
-    socket = config.agent_directory(config.load()) / "admin.sock"
+    socket = identity.admin_path(config.agent_directory(config.load()))
     answer = identity.admin(socket, {"op": chosen.action})
     if chosen.action == "stop":
         print("the agent stops")

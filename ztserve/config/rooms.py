@@ -32,8 +32,12 @@ def obtain_identity(
         )
     folder = agent_directory(settings)
     if spiffe_id is not None:
-        identity.register(folder / "admin.sock", spiffe_id, timeout_s=wait_s)
-    return identity.WorkloadSource(f"unix://{folder}/workload.sock", timeout_s=wait_s)
+        identity.register(
+            identity.admin_path(folder), spiffe_id, timeout_s=wait_s
+        )
+    return identity.WorkloadSource(
+        identity.workload_endpoint(folder), timeout_s=wait_s
+    )
 
 
 def agent_directory(settings: Settings) -> Path:

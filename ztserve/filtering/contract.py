@@ -37,7 +37,7 @@ class TensorRelease:
         if type(value) is not np.ndarray:
             raise self._refusal("an array", type(value).__name__)
         if value.dtype != self._dtype:
-            raise self._refusal(f"dtype {self._dtype.name}", value.dtype.name)
+            raise self._refusal(f"dtype {self._dtype}", str(value.dtype))
         if not _fits(value.shape, self._spec.shape):
             shape = str(list(value.shape))
             raise self._refusal(f"shape {list(self._spec.shape)}", shape)

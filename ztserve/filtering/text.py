@@ -201,8 +201,10 @@ class TextStream:
             started = time.thread_time()
             try:
                 spans += recognizer.find(segment)
-            except TimeoutError as error:
-                raise self._refusal(str(error)) from error
+            except Exception as error:
+                # Of its message only our own is known to hold no content.
+                why = str(error) if type(error) is TimeoutError else "a search failed"
+                raise self._refusal(why) from error
             self._left_s -= time.thread_time() - started
             if self._left_s <= 0:
                 raise self._refusal("looking through it took too long")

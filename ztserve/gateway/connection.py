@@ -76,6 +76,8 @@ class Connection(asyncio.Protocol):
         self.streaming = False
         """A streamed answer has begun: its status can no longer be changed."""
         self.address, self.port = "", 0
+        self.closed: asyncio.Future[None]
+        """Done when the connection is lost."""
 
     # --- what asyncio tells -----------------------------------------------------
 
@@ -93,6 +95,7 @@ class Connection(asyncio.Protocol):
             self._turn_away("too many connections")
             return
         self._session = session
+        self.closed = asyncio.get_running_loop().create_future()
         self._transport.set_write_buffer_limits(high=_MAX_WAITING)
         house.connections.add(self)
         self._expire(house.limits.handshake_s)
@@ -129,6 +132,7 @@ class Connection(asyncio.Protocol):
         if self._state is State.HANDSHAKE:
             self._house.refused("connection closed in the handshake")
         self._state = State.CLOSED
+        self.closed.set_result(None)
         self._house.connections.discard(self)
         self._house.places.disconnect(self.address)
         if self._task is not None:
@@ -214,28 +218,31 @@ class Connection(asyncio.Protocol):
             self._body = None
             self._expires = _NEVER
 
-    async def reply(self, status: int, body: bytes, call_id: str = "") -> None:
-        """Send a whole answer."""
-        closes = self._closing()
-        await self._send(response.whole(status, body, closes=closes, call_id=call_id))
+    async def reply(
+        self, status: int, body: bytes, call_id: str = "", *, closes: bool = False
+    ) -> None:
+        """Send a whole answer; `closes`: nothing can follow it."""
+        self._closes = self._closing() or closes
+        await self._send(
+            response.whole(status, body, closes=self._closes, call_id=call_id)
+        )
 
     async def event(self, event: bytes, call_id: str) -> None:
         """Send one event of a streamed answer; the first one begins it."""
-        piece = response.chunk(event)
-        if not self.streaming:
-            self.streaming, closes = True, self._closing()
-            piece = (
-                response.head(
-                    200, response.EVENTS, length=None, closes=closes, call_id=call_id
-                )
-                + piece
-            )
-        await self._send(piece)
+        await self._send(self._begun(call_id) + response.chunk(event))
 
-    async def last_event(self) -> None:
+    async def last_event(self, call_id: str) -> None:
         """End a streamed answer."""
+        rest = self._begun(call_id) + response.LAST_CHUNK
         self.streaming = False
-        await self._send(response.LAST_CHUNK)
+        await self._send(rest)
+
+    def _begun(self, call_id: str) -> bytes:
+        if self.streaming:
+            return b""
+        self.streaming = True
+        kind, closes = response.EVENTS, self._closing()
+        return response.head(200, kind, length=None, closes=closes, call_id=call_id)
 
     def _closing(self) -> bool:
         # A body that nobody wanted is never read, so nothing can follow it.
@@ -350,9 +357,12 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         self._waiting = 0
-        self._transport.write_eof()
-        self._transport.resume_reading()
         self._expire(_LINGER_S)
+        try:
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        except OSError:  # the client has closed already
+            self._transport.abort()
 
     def _turn_away(self, cause: str) -> None:
         self._state = State.CLOSED

@@ -207,15 +207,13 @@ def _floats(flat: list[Any], datatype: str, where: str) -> bytes:
 # --- replies ----------------------------------------------------------------------
 
 
-def write_reply(
-    model: str, version: str, own_id: str, outputs: Iterable[Tensor]
-) -> bytes:
+def write_reply(request: Request, outputs: Iterable[Tensor]) -> bytes:
     """Return an answer as JSON. Raises InferenceError where a value has no JSON."""
-    answer: dict[str, Any] = {"model_name": model}
-    if version:
-        answer["model_version"] = version
-    if own_id:
-        answer["id"] = own_id
+    answer: dict[str, Any] = {"model_name": request.model}
+    if request.version:
+        answer["model_version"] = request.version
+    if request.id:
+        answer["id"] = request.id
     answer["outputs"] = [
         {
             "name": one.name,

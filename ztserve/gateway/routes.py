@@ -1,8 +1,10 @@
 """Which deployment a request is for, and what the request is called in policies."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
-from typing import Literal, NamedTuple, Protocol, cast
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from ztserve.errors import ConfigError, InvalidInput, NotFound
 from ztserve.gateway.head import Head
@@ -11,6 +13,7 @@ from ztserve.types import Caller, Operation, Request, Tensor, operations
 LIVE = "/v2/health/live"
 READY = "/v2/health/ready"
 _BY_BODY = {"/v1/predict": "ModelInfer", "/v1/stream": "ModelStreamInfer"}
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BY_PATH = re.compile(r"/v2/models/([A-Za-z0-9._-]{1,128})/(infer|stream)")
 _METHODS = {"infer": "ModelInfer", "stream": "ModelStreamInfer"}
 
@@ -66,46 +69,56 @@ def asked(head: Head) -> Asked:
     return Asked(_METHODS[match[2]], match[1]) if match else Asked("", "")
 
 
+@lru_cache(maxsize=1024)
+def operation(method: str, model: str) -> Operation:
+    """Return an operation under all of its names, as far as the model is known."""
+    known = operations(model)[method]
+    if model:
+        return known
+    names = frozenset(name for name in known.names if "/models/" not in name)
+    return replace(known, names=names)
+
+
 class Routes:
-    """The deployments behind one gateway."""
+    """The deployments behind one gateway, by name, such as ``inference-service``.
+
+    Callers name a deployment's model, or the deployment itself. ConfigError: none.
+    """
 
     def __init__(self, deployments: Mapping[str, Deployment]) -> None:
-        """Take deployments by name, such as ``inference-service``. ConfigError: none.
-
-        Callers name a deployment's model, or the deployment itself.
-        """
         if not deployments:
             raise ConfigError(
                 "the gateway has no deployment to route to: name one in [gateway] "
                 "deployments"
             )
         self._deployments = dict(deployments)
-        self._known: dict[str, Mapping[str, Operation]] = {}
 
-    def __iter__(self) -> "AllDeployments":
-        return iter(self._deployments.values())
+    def all(self) -> Collection[Deployment]:
+        """Return every deployment."""
+        return self._deployments.values()
 
-    def find(self, model: str) -> tuple[str, Deployment]:
-        """Return the deployment that `model` names, and its model's own name.
+    @property
+    def sole(self) -> Deployment | None:
+        """The only deployment, where there is just one."""
+        one, *others = self._deployments.values()
+        return None if others else one
+
+    def find(self, model: str) -> Deployment:
+        """Return the deployment that `model` means; empty: the sole one.
 
         Raises NotFound, and InvalidInput where nothing is named and several are there.
         """
-        if not model and len(self._deployments) == 1:
-            (one,) = self._deployments.values()
-            return one.model, one
+        sole = self.sole
         if not model:
-            raise InvalidInput(
-                "model_name is missing, and there are several: "
-                f"{', '.join(sorted(self._names()))}"
-            )
+            if sole is None:
+                raise InvalidInput("model_name is missing, and several are served here")
+            return sole
         if model in self._deployments:
-            return self._deployments[model].model, self._deployments[model]
+            return self._deployments[model]
         for one in self._deployments.values():
             if one.model == model:
-                return model, one
-        if len(self._deployments) == 1 and not self._names() & {model}:
-            (one,) = self._deployments.values()
-            if not one.model:
-                # Not known yet what it serves: it will refuse another model itself.
-                return model, one
-        raise NotFound(f"no model {model!r} here")
+                return one
+        if sole is not None and not sole.model and _NAME.fullmatch(model):
+            # What it serves is not known yet; it refuses another model itself.
+            return sole
+        raise NotFound(f"there is no model {model!r} here")

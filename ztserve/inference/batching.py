@@ -3,33 +3,17 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ztserve.errors import (
-    CallError,
-    Cancelled,
-    DeadlineExceeded,
-    InferenceError,
-    ZTServeError,
-)
+from ztserve.errors import InferenceError, ZTServeError
+from ztserve.inference.turns import LOOK_UP_S, Turns, still_wanted
 from ztserve.types import Array, Batch, Call, Inputs, Outputs
 
 Step = Callable[[tuple[Call, ...], Inputs], Outputs]
-
-LOOK_UP_S = 0.1
-"""How often a waiting call looks whether its caller is still there."""
-
-
-def still_wanted(call: Call) -> None:
-    """Raise Cancelled or DeadlineExceeded where nobody waits for `call` any more."""
-    if call.cancelled():
-        raise Cancelled("the call was cancelled")
-    if time.monotonic() >= call.deadline:
-        raise DeadlineExceeded("the deadline passed before the answer was ready")
+"""Takes joined inputs through the model. Raises ZTServeError."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +23,7 @@ class Job:
     call: Call
     inputs: Inputs
     woken: threading.Lock = field(default_factory=threading.Lock)
+    queued: bool = True
     leads: bool = False
     outputs: Outputs | None = None
     error: ZTServeError | None = None
@@ -58,15 +43,17 @@ class Job:
 class Combiner:
     """A queue whose first call leads: it runs the model for those behind it.
 
-    One step runs at a time. The leader takes the lead over from the call before it,
-    joins what has queued, runs the step, wakes the others, and passes the lead on.
+    One step runs at a time. The leader waits for its turn, joins what has queued, runs
+    the step, wakes the others, and passes the lead on. `queued`, `leads` and the queue
+    change under one mutex: there is a leader whenever there is a queue, it is the
+    queue's first call, and whoever leads passes the lead on however its call ends.
     """
 
-    def __init__(self, step: Step, batch: Batch) -> None:
+    def __init__(self, step: Step, batch: Batch, turns: Turns) -> None:
         self._step = step
         self._batch = batch
+        self._turns = turns
         self._queue: deque[Job] = deque()
-        self._model = threading.Lock()
         self._mutex = threading.Lock()
         self._more = threading.Condition(self._mutex)
         self._busy = False
@@ -80,100 +67,78 @@ class Combiner:
             if self._collecting:
                 self._more.notify()
 
-    @contextmanager
-    def turn(self, call: Call) -> Iterator[None]:
-        """Hold the model alone, for one step of a stream."""
-        while not self._model.acquire(timeout=LOOK_UP_S):
-            still_wanted(call)
-        try:
-            yield
-        finally:
-            self._model.release()
-
-    def run(self, call: Call, inputs: Inputs) -> Outputs:
+    def run(self, call: Call, inputs: Inputs, *, expected: bool) -> Outputs:
         """Queue, wait for the step, return this call's share of the answer.
 
-        The call must have been expected: it is no more once it has queued.
+        `expected`: the call was counted by `expect`; it no longer is once it queues.
         """
         job = Job(call, inputs)
+        self._join(job, expected=expected)
+        try:
+            if job.leads or self._wait(job):
+                with self._turns.turn(call):
+                    self._execute(self._collect())
+        finally:
+            self._leave(job)
+        return job.answer()
+
+    def _join(self, job: Job, *, expected: bool) -> None:
         with self._mutex:
             self._queue.append(job)
-            self._expected -= 1
-            leads = job.leads = not self._busy
+            self._expected -= expected
+            job.leads = not self._busy
             self._busy = True
             if self._collecting:
                 self._more.notify()
-        if leads or self._wait(job):
-            try:
-                with self.turn(call):
-                    self._execute(self._collect())
-            except CallError as error:
-                self._drop(job)
-                job.error = error
-            finally:
-                self._pass_on()
-        return job.answer()
 
     def _wait(self, job: Job) -> bool:
         """Wait for the answer; True where the lead came instead."""
         while not job.woken.acquire(timeout=LOOK_UP_S):
-            try:
-                still_wanted(job.call)
-            except CallError:
-                if self._leave(job):
-                    return True
-                raise
+            still_wanted(job.call)
         return job.leads
 
-    def _leave(self, job: Job) -> bool:
-        """Take `job` out of the queue; True where it has the lead meanwhile."""
+    def _leave(self, job: Job) -> None:
+        """Take `job` out of the queue if it is still there, and pass its lead on."""
+        if not job.queued and not job.leads:
+            return  # only a queued call can be given the lead: it will not come now
         with self._mutex:
-            if job in self._queue and not job.leads:
+            if job.queued:
+                job.queued = False
                 self._queue.remove(job)
-            return job.leads
-
-    def _drop(self, job: Job) -> None:
-        with self._mutex:
-            if job in self._queue:
-                self._queue.remove(job)
-
-    def _pass_on(self) -> None:
-        with self._mutex:
-            self._busy = bool(self._queue)
-            if self._queue:
-                self._queue[0].leads = True
-                self._queue[0].woken.release()
+            if job.leads:
+                self._busy = bool(self._queue)
+                if self._queue:
+                    self._queue[0].leads = True
+                    self._queue[0].woken.release()
 
     def _collect(self) -> list[Job]:
         """Take the calls of the next step from the queue, in order of arrival."""
         most = self._batch.max_size
         with self._mutex:
             if most > 1 and self._batch.wait_ms:
-                self._collecting = True
-                until = time.monotonic() + self._batch.wait_ms / 1000
-                while self._expected > 0 and _rows(self._queue) < most:
-                    if not self._more.wait(until - time.monotonic()):
-                        break
-                self._collecting = False
-            jobs = [self._queue.popleft()] if self._queue else []
-            rows = _rows(jobs)
-            while self._queue and jobs:
+                self._wait_for_more(most)
+            jobs: list[Job] = []
+            rows = 0
+            while self._queue:
                 behind = self._queue[0]
                 rows += behind.inputs.rows
-                if rows > most or not _joinable(jobs[0].inputs, behind.inputs):
+                if jobs and (rows > most or not _joinable(jobs[0], behind)):
                     break
+                behind.queued = False
                 jobs.append(self._queue.popleft())
             return jobs
 
+    def _wait_for_more(self, most: int) -> None:
+        until = time.monotonic() + self._batch.wait_ms / 1000
+        self._collecting = True
+        while self._expected > 0 and _rows(self._queue) < most:
+            if not self._more.wait(until - time.monotonic()):
+                break
+        self._collecting = False
+
     def _execute(self, jobs: list[Job]) -> None:
-        wanted = []
-        for job in jobs:
-            try:
-                still_wanted(job.call)
-                wanted.append(job)
-            except CallError as error:
-                job.error = error
         try:
+            wanted = [job for job in jobs if len(jobs) == 1 or _is_wanted(job)]
             if len(wanted) > 1:
                 self._execute_joined(wanted)
             else:
@@ -186,6 +151,7 @@ class Combiner:
     def _execute_alone(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             try:
+                still_wanted(job.call)
                 job.outputs = self._step((job.call,), job.inputs)
             except ZTServeError as error:
                 job.error = error
@@ -197,7 +163,7 @@ class Combiner:
                 tuple(job.call for job in jobs), join([job.inputs for job in jobs])
             )
             shares = split(outputs, rows)
-        except ZTServeError:
+        except (ZTServeError, MemoryError):
             # One caller's input must not fail another's call: each runs again alone.
             self._execute_alone(jobs)
             return
@@ -205,16 +171,24 @@ class Combiner:
             job.outputs = share
 
 
-def _rows(jobs: Sequence[Job] | deque[Job]) -> int:
+def _is_wanted(job: Job) -> bool:
+    try:
+        still_wanted(job.call)
+    except ZTServeError as error:
+        job.error = error
+    return job.error is None
+
+
+def _rows(jobs: Iterable[Job]) -> int:
     return sum(job.inputs.rows for job in jobs)
 
 
-def _joinable(first: Inputs, other: Inputs) -> bool:
+def _joinable(first: Job, other: Job) -> bool:
     return all(
         isinstance(value, np.ndarray)
-        and isinstance(match := other.values[name], np.ndarray)
+        and isinstance(match := other.inputs.values[name], np.ndarray)
         and value.shape[1:] == match.shape[1:]
-        for name, value in first.values.items()
+        for name, value in first.inputs.values.items()
     )
 
 

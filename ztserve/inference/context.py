@@ -1,7 +1,8 @@
 """Which call is the model's code working for?"""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 from ztserve.types import Call
@@ -17,6 +18,14 @@ def working_for(calls: tuple[Call, ...]) -> Iterator[None]:
         yield
     finally:
         _calls.reset(token)
+
+
+def inference_mode() -> AbstractContextManager[object]:
+    """Run this thread without autograd, where torch is loaded at all."""
+    # A thread that is just importing it makes it visible before it is whole.
+    mode = getattr(sys.modules.get("torch"), "inference_mode", nullcontext)
+    entered: AbstractContextManager[object] = mode()
+    return entered
 
 
 def current_calls() -> tuple[Call, ...]:

@@ -1,13 +1,21 @@
 """The event loop of asynchronous model code, on a thread of its own."""
 
 import asyncio
+import inspect
+import math
 import threading
+import time
 from collections.abc import Awaitable
+from contextlib import nullcontext
 from typing import Any
 
-from ztserve.inference.batching import LOOK_UP_S, still_wanted
-from ztserve.inference.context import working_for
+from ztserve.errors import InferenceError, Unavailable
+from ztserve.inference.context import inference_mode, working_for
+from ztserve.inference.turns import LOOK_UP_S, any_wanted
 from ztserve.types import Call
+
+CLOSE_S = 5.0
+"""How long cancelled model code has to end."""
 
 
 class ModelLoop:
@@ -15,49 +23,97 @@ class ModelLoop:
 
     def __init__(self, max_ongoing: int) -> None:
         self._lock = threading.Lock()
+        self._places = asyncio.Semaphore(max_ongoing)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._places = asyncio.Semaphore(max_ongoing)
+        self._closing = asyncio.Event()
+        self._closed = False
 
-    def wait(self, calls: tuple[Call, ...], awaitable: Awaitable[Any]) -> Any:
-        """Return what `awaitable` gives; cancel it when nobody waits any more."""
-        future = asyncio.run_coroutine_threadsafe(
-            self._run(calls, awaitable), self._running()
-        )
-        while True:
-            try:
-                return future.result(timeout=LOOK_UP_S)
-            except TimeoutError:
-                if future.done():
-                    raise
-            try:
-                for call in calls:
-                    still_wanted(call)
-            except BaseException:
-                future.cancel()
-                raise
+    def wait(
+        self,
+        calls: tuple[Call, ...],
+        awaitable: Awaitable[Any],
+        *,
+        within_s: float = math.inf,
+    ) -> Any:
+        """Return what `awaitable` gives, or raise what it raises.
+
+        Cancels it, and waits a little for its end, where nobody waits for `calls` any
+        more (Cancelled, DeadlineExceeded) or `within_s` have passed (InferenceError).
+        """
+        work = _Work(self._running(), awaitable, self._run(calls, awaitable))
+        until = time.monotonic() + within_s
+        try:
+            while not work.ended.wait(LOOK_UP_S):
+                if time.monotonic() >= until:
+                    raise InferenceError(f"no end within {within_s:g} s")
+                if calls:
+                    any_wanted(calls)
+        except BaseException:
+            work.cancel()
+            raise
+        return work.result()
 
     def close(self) -> None:
-        """Stop the loop and its thread."""
+        """Cancel what still runs, and stop the loop and its thread."""
         with self._lock:
-            loop, thread, self._loop = self._loop, self._thread, None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(timeout=5)
-            if not thread.is_alive():
-                loop.close()
+            self._closed = True
+            loop, thread = self._loop, self._thread
+        if loop is not None and thread is not None and thread.is_alive():
+            loop.call_soon_threadsafe(self._closing.set)
+            thread.join(CLOSE_S)
 
     async def _run(self, calls: tuple[Call, ...], awaitable: Awaitable[Any]) -> Any:
-        async with self._places:
+        # What ends another's work needs no place: it gives one free.
+        async with self._places if calls else nullcontext():
             with working_for(calls):
                 return await awaitable
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
+            if self._closed:
+                raise Unavailable("this replica is stopping; try again")
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                started = threading.Event()
                 self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="ztserve-model", daemon=True
+                    target=self._live, args=(started,), name="ztserve-model", daemon=True
                 )
                 self._thread.start()
+                started.wait()
+            if self._loop is None:
+                raise InferenceError("the model's event loop could not be started")
             return self._loop
+
+    def _live(self, started: threading.Event) -> None:
+        async def until_closed() -> None:
+            self._loop = asyncio.get_running_loop()
+            started.set()
+            await self._closing.wait()
+
+        try:
+            with inference_mode():
+                asyncio.run(until_closed())
+        finally:
+            started.set()
+
+
+class _Work:
+    """One awaitable on the loop, and the thread that waits for it."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        awaitable: Awaitable[Any],
+        run: Any,
+    ) -> None:
+        self._loop = loop
+        self._awaitable = awaitable
+        self._run = run
+        self._task: asyncio.Task[Any] | None = None
+        self.ended = threading.Event()
+        loop.call_soon_threadsafe(self._start)
+
+    def cancel(self) -> None:
+        """Cancel the work; return when it has ended, or does not want to."""
+        self._loop.call_soon_threadsafe(self._cancel)
+        self.ended.wait(CLOSE_S)

@@ -30,7 +30,7 @@ class Admission:
                     "this server has all the calls that it can take; try again later",
                     f"{self._total} calls in flight, the limit is {self._most}",
                 )
-            if own >= self._most_each:
+            if own >= self._most_each + reserve:
                 raise Overloaded(
                     "you have too many calls in flight here; try again later",
                     f"{principal} has {own} calls in flight, the limit for one "

@@ -31,6 +31,28 @@ class Refusal:
     source_port: int
 
 
+class Cancelled:
+    """Whether nobody waits for the answer any more: `Call.cancelled`.
+
+    It must let go of gRPC's context when the call has ended: whoever keeps a Call
+    would otherwise keep its HTTP/2 stream, and streams are limited.
+    """
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context: grpc.ServicerContext | None = context
+
+    def __call__(self) -> bool:
+        """Return whether the call has ended, by whosever hand."""
+        context = self._context
+        return context is None or not context.is_active()
+
+    def end(self) -> None:
+        """Forget the context: the call has ended."""
+        self._context = None
+
+
 class Reception:
     """Makes the Calls of one server. Thread-safe."""
 
@@ -53,6 +75,7 @@ class Reception:
         peer: Peer,
         operation: Operation,
         longest_s: float,
+        cancelled: Cancelled,
     ) -> Call:
         """Return the Call that has just arrived from the verified `peer`.
 
@@ -81,7 +104,7 @@ class Reception:
             source_ip=source_ip,
             source_port=source_port,
             notes=notes,
-            cancelled=_Cancelled(context),
+            cancelled=cancelled,
         )
 
     def again(self, call: Call, facts: Facts) -> Call:
@@ -100,18 +123,6 @@ class Reception:
             raise Unauthenticated(callers.PUBLIC, f"{len(asserted)} caller headers")
         ours = self._credentials.id
         return callers.read(asserted[0], audience=ours, peer=peer), ()
-
-
-class _Cancelled:
-    """Whether the caller went away: `Call.cancelled`."""
-
-    __slots__ = ("_context",)
-
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self._context = context
-
-    def __call__(self) -> bool:
-        return not self._context.is_active()
 
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})

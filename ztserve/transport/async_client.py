@@ -51,6 +51,11 @@ class AsyncClient:
         """The SPIFFE ID that the server must prove."""
         return self._route.server
 
+    @property
+    def model(self) -> str:
+        """The model's name: as given, or as the directory tells it; else empty."""
+        return self._model or self._route.model
+
     async def infer(
         self,
         inputs: Mapping[str, values.Given],

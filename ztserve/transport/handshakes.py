@@ -37,6 +37,8 @@ _LINE = re.compile(
     rb"ssl_transport_security\.cc:\d+\] Handshake failed with error "
     rb"[^\r\n]{0,200}?OPENSSL_internal:([A-Z0-9_]{1,80})"
 )
+_NAME = re.compile(rb"ssl_transport_security\.cc:\d+\] No match found for server name")
+OTHER_NAME = "server of another name expected"
 _CORE = re.compile(rb"[IWE]\d{4} ")  # how a line of the core begins
 _PIPE_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
@@ -133,11 +135,13 @@ class _Tap:
             self._pass_on(rest)
 
     def _is(self, line: bytes) -> bool:
-        found = _LINE.search(line)
-        if found is None:
+        if found := _LINE.search(line):
+            word = found[1].decode()
+            cause = CAUSES.get(word, word.lower().replace("_", " "))
+        elif _NAME.search(line):
+            cause = OTHER_NAME
+        else:
             return False
-        word = found[1].decode()
-        cause = CAUSES.get(word, word.lower().replace("_", " "))
         if cause not in self._counts and len(self._counts) >= MAX_CAUSES:
             cause = "other"
         self._counts[cause] += 1

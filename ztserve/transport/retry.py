@@ -18,21 +18,23 @@ class Budget:
     it worse.
     """
 
-    CREDIT = 10.0
-    EARNED = 0.1
+    CREDIT = 100
+    PRICE = 10
+    """Of one retry; a call that succeeded earns 1."""
 
     def __init__(self) -> None:
         self._tokens = self.CREDIT
 
     def earn(self) -> None:
         """Count a call that succeeded."""
-        self._tokens = min(self._tokens + self.EARNED, self.CREDIT)
+        if self._tokens < self.CREDIT:
+            self._tokens += 1
 
     def spend(self) -> bool:
         """Return whether one retry may be made, and count it."""
-        if self._tokens < 1:
+        if self._tokens < self.PRICE:
             return False
-        self._tokens -= 1
+        self._tokens -= self.PRICE
         return True
 
 

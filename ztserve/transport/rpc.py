@@ -11,6 +11,7 @@ from ztserve.errors import CallError, Cancelled, DeadlineExceeded, InvalidInput
 from ztserve.transport.limits import Limits
 
 SWEEP_S = 0.25
+CUT_S = 0.05
 GRACE_S = 1.0
 """After a deadline, so that the rooms' own DeadlineExceeded comes first."""
 
@@ -21,14 +22,14 @@ class Rpc:
     `due` is the moment (`time.monotonic`) at which the `Reaper` cancels it.
     """
 
-    __slots__ = ("_limits", "_messages", "context", "deadline", "due", "still")
+    __slots__ = ("_context", "_limits", "_messages", "deadline", "due", "still")
 
     def __init__(
         self, messages: Iterator[bytes], context: grpc.ServicerContext, limits: Limits
     ) -> None:
         self._messages = messages
         self._limits = limits
-        self.context = context
+        self._context: grpc.ServicerContext | None = context
         self.deadline = self.due = float("inf")
         self.still: Callable[[], object] | None = None
         """Raises CallError once the peer may not go on; asked at each sweep."""
@@ -51,30 +52,54 @@ class Rpc:
         """Bound the time that the caller takes to accept a piece of the answer."""
         self.due = time.monotonic() + self._limits.stream_idle_s
 
+    def cancel(self) -> None:
+        """End the call from another thread, if it has not ended by itself."""
+        context = self._context
+        if context is not None:
+            cast("Any", context).cancel()
+
     def running(self) -> None:
         """Bound the call by its own deadline."""
         self.due = self.deadline + GRACE_S
+
+    def end(self) -> None:
+        """Let go of gRPC's part of the call."""
+        self._messages = iter(())
+        self._context = None
 
     def _next(self, patience_s: float, complaint: str) -> bytes | None:
         self.due = time.monotonic() + patience_s
         try:
             message = next(self._messages, None)
+            cut = message is None and self._was_cut()
         except grpc.RpcError:
+            message, cut = None, True
+        most = self._limits.max_message_bytes
+        if cut:
             if time.monotonic() >= self.due:
-                late = f"{complaint} {patience_s:g} s"
-                raise DeadlineExceeded(late) from None
-            most = self._limits.max_message_bytes
+                raise DeadlineExceeded(f"{complaint} {patience_s:g} s")
             raise Cancelled(
                 "the call ended before its message was whole",
                 f"the caller went away, or its message is far beyond {most} bytes",
-            ) from None
+            )
         self.running()
-        most = self._limits.max_message_bytes
         if message is not None and len(message) > most:
             raise InvalidInput(
                 f"the message has {len(message)} bytes, the limit is {most}"
             )
         return message
+
+    def _was_cut(self) -> bool:
+        """Return whether there is no message because the call ended early.
+
+        gRPC tells of that an instant after the missing message.
+        """
+        until = time.monotonic() + CUT_S
+        while self._context is not None and self._context.is_active():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(CUT_S / 10)
+        return True
 
 
 class Reaper:
@@ -109,7 +134,7 @@ class Reaper:
             now = time.monotonic()
             for rpc in tuple(self._calls):
                 if now >= rpc.due or not _may_go_on(rpc):
-                    cast("Any", rpc.context).cancel()
+                    rpc.cancel()
 
 
 def _may_go_on(rpc: Rpc) -> bool:

@@ -128,6 +128,7 @@ _LIKELY = (
         "that its bundle does not hold)",
     ),
 )
+_REFUSED_STREAM = "RST_STREAM with error code 7"  # RFC 9113, 8.7: not processed
 _NEVER_SENT = "failed to connect to all addresses"
 _TOO_LARGE = "larger than max"
 
@@ -158,9 +159,11 @@ def translated(
     if code is _Code.UNAVAILABLE:
         return _connection(details, server)
     if code is _Code.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
-        return InvalidInput("the message is larger than the receiver takes", details)
+        return _error(
+            InvalidInput, "the message is larger than the receiver takes", details
+        )
     if code is _Code.CANCELLED:
-        return Interrupted("the server ended the call", details)
+        return _error(Interrupted, "the server ended the call", details)
     error = _BY_CODE.get(code, InferenceError)
     if issubclass(error, CallError):
         return error(details or code.name, f"{code.name}: {details} ({server})")
@@ -168,11 +171,16 @@ def translated(
 
 
 def _connection(details: str, server: str) -> CallError:
+    if _REFUSED_STREAM in details:
+        return _error(Overloaded, "the server takes no more calls now", details)
     if not details.startswith(_NEVER_SENT):
-        return Interrupted(
-            "the connection broke during the call; it may have run", details
-        )
+        broken = "the connection broke during the call; it may have run"
+        return _error(Interrupted, broken, details)
     for symptom, cause in _LIKELY:
         if symptom in details:
-            return Unavailable(cause.format(server=server), details)
-    return Unavailable(f"no connection to {server}", details)
+            return _error(Unavailable, cause.format(server=server), details)
+    return _error(Unavailable, f"no connection to {server}", details)
+
+
+def _error(kind: type[CallError], public: str, details: str) -> CallError:
+    return kind(public, f"{public} [{details}]")

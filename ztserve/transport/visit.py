@@ -10,7 +10,7 @@ import grpc
 from ztserve.errors import CallError, InvalidInput, ZTServeError
 from ztserve.transport import status
 from ztserve.transport.admission import Admission
-from ztserve.transport.arrival import Reception, Refusal, new_id, source
+from ztserve.transport.arrival import Cancelled, Reception, Refusal, new_id, source
 from ztserve.transport.credentials import Facts, ServerCredentials
 from ztserve.transport.limits import Limits
 from ztserve.transport.methods import Method
@@ -39,10 +39,10 @@ def answer(
     """Answer a unary call. The handler that gRPC calls on a worker thread."""
     visit = _Visit(desk, method, messages, context)
     try:
-        call = visit.enter(desk.limits.max_call_s)
+        call = visit.enter(context, desk.limits.max_call_s)
         return method.answer(call, visit.read)  # type: ignore[misc]
     except Exception as error:  # noqa: BLE001 - told to caller, audit or log
-        visit.refuse(error)
+        visit.refuse(context, error)
     finally:
         visit.leave()
 
@@ -53,14 +53,14 @@ def stream(
     """Answer a stream. The handler that gRPC calls on a worker thread."""
     visit = _Visit(desk, method, messages, context)
     try:
-        visit.enter(desk.limits.max_stream_s)
+        visit.enter(context, desk.limits.max_stream_s)
         visit.rpc.still = visit.judge
         for piece in method.stream(visit):  # type: ignore[misc]
             visit.rpc.sending()
             yield piece
             visit.rpc.running()
     except Exception as error:  # noqa: BLE001 - told to caller, audit or log
-        visit.refuse(error)
+        visit.refuse(context, error)
     finally:
         visit.leave()
 
@@ -68,7 +68,17 @@ def stream(
 class _Visit:
     """One call from its arrival to its end; the `methods.Exchange` of a stream."""
 
-    __slots__ = ("_desk", "_messages", "_method", "call", "facts", "peer", "rpc")
+    __slots__ = (
+        "_admitted",
+        "_cancelled",
+        "_desk",
+        "_messages",
+        "_method",
+        "call",
+        "facts",
+        "peer",
+        "rpc",
+    )
 
     call: Call
 
@@ -81,6 +91,8 @@ class _Visit:
     ) -> None:
         self._desk = desk
         self._method = method
+        self._admitted = False
+        self._cancelled = Cancelled(context)
         self._messages = 1
         self.rpc = Rpc(messages, context, desk.limits)
         self.facts: Facts = {}
@@ -90,15 +102,18 @@ class _Visit:
         """Return the peer as it is judged at this moment. Raises Unauthenticated."""
         return self._desk.credentials.peer(self.facts)
 
-    def enter(self, longest_s: float) -> Call:
+    def enter(self, context: grpc.ServicerContext, longest_s: float) -> Call:
         """Judge the peer, find room, and make the Call; no message is read."""
-        desk, context, method = self._desk, self.rpc.context, self._method
+        desk, method = self._desk, self._method
         self.facts = cast("Facts", context.auth_context())
         peer = desk.credentials.peer(self.facts)
         health = method.stream is None and method.operation.method == "GET"
-        desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
         self.peer = peer
-        self.call = desk.reception.call(context, peer, method.operation, longest_s)
+        desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
+        self._admitted = True
+        self.call = desk.reception.call(
+            context, peer, method.operation, longest_s, self._cancelled
+        )
         self.rpc.deadline = self.call.deadline
         desk.reaper.add(self.rpc)
         return self.call
@@ -118,26 +133,28 @@ class _Visit:
             raise InvalidInput(f"one stream carries at most {most} requests")
         return self._desk.reception.again(self.call, self.facts), message
 
-    def refuse(self, error: Exception) -> NoReturn:
+    def refuse(self, context: grpc.ServicerContext, error: Exception) -> NoReturn:
         """End the call with the status of `error`."""
-        context = self.rpc.context
         call_id = self.call.id if hasattr(self, "call") else new_id()
         if not isinstance(error, ZTServeError):
             _LOG.error("call %s failed", call_id, exc_info=error)
         elif isinstance(error, CallError) and not hasattr(self, "call"):
-            self._tell(error)
+            self._tell(context, error)
+        error.__traceback__ = None  # its frames would keep the stream: see Cancelled
         context.set_trailing_metadata(status.trailers(error, call_id))
         context.abort(status.status(error).code, status.sentence(error, call_id))
 
     def leave(self) -> None:
-        """Give the call's place free."""
+        """Give the call's place free, and let go of gRPC's part of it."""
         self._desk.reaper.discard(self.rpc)
-        if self.peer is not None:
+        self._cancelled.end()
+        self.rpc.end()
+        if self._admitted and self.peer is not None:
             self._desk.admission.leave(self.peer.id)
 
-    def _tell(self, error: CallError) -> None:
+    def _tell(self, context: grpc.ServicerContext, error: CallError) -> None:
         if self._desk.on_refused is not None:
-            address, port = source(self.rpc.context.peer())
+            address, port = source(context.peer())
             self._desk.on_refused(
                 Refusal(self._method.path, error, self.peer, address, port)
             )

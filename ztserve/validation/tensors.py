@@ -53,7 +53,7 @@ def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
     if len(shape) != len(declared):
         return False
     for size, wanted in zip(shape, declared, strict=True):
-        if size != wanted and (wanted != -1 or size < 1):
+        if size < 1 or wanted not in (size, -1):
             return False
     return True
 

@@ -47,7 +47,7 @@ class Validator:
 
         Raises NotFound for another model's name, InvalidInput for all else.
         """
-        if request.model != self._model:
+        if request.model not in ("", self._model):
             raise NotFound(f"there is no such model here; expected {self._model!r}")
         given = {tensor.name: tensor for tensor in request.inputs}
         if given.keys() != self._names or len(given) != len(request.inputs):

@@ -92,5 +92,11 @@ def test_a_configuration_that_would_fetch_code_is_refused(config, message):
         check_contents({"tokenizer_config.json": memoryview(config)})
 
 
+def test_a_configuration_nested_deeply_is_searched_to_the_bottom():
+    deep = b"[" * 900 + b'{"auto_map": 1}' + b"]" * 900
+    with pytest.raises(VerificationError, match="asks for code by 'auto_map'"):
+        check_contents({"config.json": memoryview(b'{"a":' + deep + b"}")})
+
+
 def test_a_configuration_that_declines_remote_code_passes():
     check_contents({"config.json": memoryview(b'{"trust_remote_code": false}')})

@@ -129,6 +129,14 @@ def test_a_registry_whose_making_was_cut_short_is_finished(workshop):
     assert verify_model(workshop.registry, "digits", workshop.trust)
 
 
+def test_an_index_that_readers_would_refuse_is_not_written(workshop, monkeypatch):
+    workshop.published("one", version="1")
+    monkeypatch.setattr("ztserve.artifacts.layout.MAX_MODELS", 1)
+    with pytest.raises(RegistryError, match="2 entries, the limit is 1"):
+        workshop.published("two", version="2")
+    assert aliases(workshop) == {"1": "production"}
+
+
 def test_an_alias_of_nothing_is_refused(workshop):
     with pytest.raises(RegistryError, match="is no registry"):
         set_alias(workshop.registry, name="digits", alias="a", version="1")

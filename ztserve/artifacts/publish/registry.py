@@ -24,9 +24,10 @@ from ztserve.artifacts.layout import (
     TITLE,
     VERSION,
     parse_index,
+    parse_layers,
 )
 from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
-from ztserve.artifacts.publish.atomic import create, replace, sync_folder
+from ztserve.artifacts.publish.atomic import create, replace
 from ztserve.artifacts.publish.signing import read_signed
 from ztserve.artifacts.registry import Resolved
 from ztserve.artifacts.release import check_name, check_release, parse_release
@@ -150,8 +151,9 @@ def _read_index(root: Path) -> list[Descriptor]:
 def _write_index(root: Path, index: list[Descriptor]) -> None:
     text = json.dumps(
         {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": index}, indent=1
-    )
-    replace(root / INDEX_FILE, text.encode())
+    ).encode()
+    parse_index(text, str(root / INDEX_FILE))  # or nobody could read it again
+    replace(root / INDEX_FILE, text)
 
 
 def _versions(index: list[Descriptor], name: str) -> list[Descriptor]:
@@ -213,7 +215,9 @@ def _write_image(
         "config": {"mediaType": EMPTY_TYPE, **_write_blob(root, memoryview(_EMPTY))},
         "layers": layers,
     }
-    descriptor = _write_blob(root, memoryview(json.dumps(image).encode()))
+    text = json.dumps(image).encode()
+    parse_layers(text, str(model.ref))  # or nobody could read it again
+    descriptor = _write_blob(root, memoryview(text))
     descriptor["mediaType"] = IMAGE_MANIFEST_TYPE
     descriptor["artifactType"] = ARTIFACT_TYPE
     descriptor["annotations"] = {
@@ -222,7 +226,6 @@ def _write_image(
         VERSION: model.version,
         DIGEST: model.digest,
     }
-    sync_folder(root / "blobs" / "sha256")
     return descriptor
 
 

@@ -1,0 +1,58 @@
+import threading
+import time
+
+from ztserve.transport.workers import Workers
+
+
+def test_each_job_runs_once_and_tells_its_end_once() -> None:
+    workers, ran, ended = Workers(), [], []
+    done = threading.Semaphore(0)
+    for number in range(200):
+        ending = workers.submit(ran.append, number)
+        ending.add_done_callback(lambda _: (ended.append(1), done.release()))
+    for _ in range(200):
+        assert done.acquire(timeout=5)
+    workers.close()
+    assert sorted(ran) == list(range(200))
+    assert len(ended) == 200
+
+
+def test_jobs_run_at_the_same_time_and_threads_are_reused() -> None:
+    workers, together = Workers(), threading.Barrier(5)
+    threads, done = set(), threading.Semaphore(0)
+
+    def job() -> None:
+        together.wait(5)
+        threads.add(threading.get_ident())
+
+    for _ in range(3):
+        for _ in range(4):
+            workers.submit(job).add_done_callback(lambda _: done.release())
+        together.wait(5)
+        for _ in range(4):
+            assert done.acquire(timeout=5)
+    workers.close()
+    assert len(threads) <= 8
+
+
+def test_a_job_that_fails_still_ends(capsys) -> None:
+    workers, done = Workers(), threading.Event()
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        workers.submit(lambda: 1 / 0).add_done_callback(lambda _: done.set())
+        assert done.wait(5)
+    finally:
+        workers.close()
+        time.sleep(0.05)
+        threading.excepthook = hook
+
+
+def test_closed_workers_end_their_threads() -> None:
+    workers = Workers()
+    done = threading.Event()
+    workers.submit(lambda: None).add_done_callback(lambda _: done.set())
+    assert done.wait(5)
+    [thread] = [t for t in threading.enumerate() if getattr(t, "_workers", None) is workers]
+    workers.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()

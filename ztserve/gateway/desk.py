@@ -1,0 +1,99 @@
+"""What all connections of one gateway share, and how a refusal is told."""
+
+import logging
+import os
+from collections import Counter
+
+from ztserve.audit import Log
+from ztserve.authorization import PolicySet
+from ztserve.errors import (
+    AuditError,
+    CallError,
+    InferenceError,
+    Unauthenticated,
+    ZTServeError,
+)
+from ztserve.gateway import response
+from ztserve.gateway.connection import Connection
+from ztserve.gateway.head import Head, Malformed
+from ztserve.gateway.limits import Limits
+from ztserve.gateway.places import Places
+from ztserve.gateway.routes import LIVE, Routes
+from ztserve.gateway.tls import Edge
+from ztserve.gateway.visit import Visit
+from ztserve.transport import http_status
+
+_LOG = logging.getLogger(__name__)
+
+_MAX_CAUSES = 64
+
+
+class Desk:
+    """Answers the requests of all connections. For one event loop."""
+
+    def __init__(
+        self,
+        *,
+        edge: Edge,
+        policies: PolicySet,
+        routes: Routes,
+        log: Log,
+        limits: Limits,
+        port: int,
+    ) -> None:
+        self.edge = edge
+        self.policies = policies
+        self.routes = routes
+        self.log = log
+        self.limits = limits
+        self.port = port
+        self.places = Places(limits)
+        self.connections: set[Connection] = set()
+        self._refused: Counter[str] = Counter()
+
+    async def answer(self, connection: Connection, head: Head) -> None:
+        """Answer one request, whatever happens."""
+        if (head.method, head.path) == ("GET", LIVE):
+            await connection.reply(200, b'{"live": true}')
+            return
+        visit = Visit(self, connection, head, os.urandom(16).hex())
+        try:
+            await visit.walk()
+        except Malformed as malformed:
+            body = response.told(malformed.message, visit.id)
+            await connection.reply(malformed.status, body, visit.id)
+        except Exception as error:  # noqa: BLE001 - told to the client and the log
+            await self._tell(connection, error, visit.id)
+
+    def refused(self, cause: str) -> None:
+        """Count a connection or request that ended before there was a call."""
+        known = cause in self._refused or len(self._refused) < _MAX_CAUSES
+        self._refused[cause if known else "other"] += 1
+
+    def flush(self) -> None:
+        """Write what has been counted into the audit."""
+        counted, self._refused = self._refused, Counter()
+        for cause, count in counted.items():
+            try:
+                self.log.refused_handshakes(cause, count)
+            except AuditError as error:
+                _LOG.error("refusals are not in the audit: %s", error)
+                self._refused[cause] += count
+
+    async def _tell(
+        self, connection: Connection, error: Exception, call_id: str
+    ) -> None:
+        if isinstance(error, CallError):
+            sentence = error.public
+        else:
+            model = isinstance(error, InferenceError)
+            sentence = "the model failed on this request" if model else "internal error"
+            unexpected = None if isinstance(error, ZTServeError) else error
+            _LOG.error("call %s failed: %s", call_id, error, exc_info=unexpected)
+        body = response.told(sentence, call_id)
+        if connection.streaming:
+            await connection.event(response.event(body, "error"), call_id)
+            await connection.last_event(call_id)
+            return
+        nobody = isinstance(error, Unauthenticated)
+        await connection.reply(http_status(error), body, call_id, closes=nobody)
