@@ -46,6 +46,8 @@ ARMS = (
 )
 UNITS = {"rps": "1/s", "p50_ms": "ms", "p99_ms": "ms", "cpu_ms": "ms"}
 BASELINES = ARMS[:3]
+QUIET_CORES = 0.4
+"""What two idle Ray sessions and an idle machine keep busy at most."""
 
 Samples = dict[tuple[str, str], list[Sample]]
 
@@ -123,6 +125,8 @@ def print_report(samples: Samples, rounds: int, seconds: int) -> None:
     others = median(sample.others for sample in taken)
     print("* 32x1 of an arm that cannot carry 32 calls on one connection")
     print(f"other processes kept {others:.1f} cores busy meanwhile (median)")
+    if others > QUIET_CORES:
+        print("this machine was not quiet: CPU ms tells more than requests/s")
 
 
 def as_rows(samples: Samples) -> list[report.Row]:

@@ -93,7 +93,9 @@ def prepare(project: Path) -> config.Settings:
             .replace('"policies/developer.yaml"', '"policies/developer.yaml", "policies/chat.yaml"')
             .replace('["inference-service"]', '["inference-service", "chat"]')
         )
-    config.default_environment({"ZTSERVE_CONFIG": str(toml.resolve())})
+    config.default_environment(
+        {"ZTSERVE_CONFIG": str(toml.resolve()), "RAY_SERVE_LOG_TO_STDERR": "0"}
+    )
     return config.load()
 
 

@@ -11,16 +11,17 @@ The order of the rooms cannot be configured. A stream walks the same way: its te
 leaves piece by piece through the same filter.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from contextlib import closing, contextmanager
 
 from ztserve.audit import Log, Record
 from ztserve.authorization import PolicySet
+from ztserve.errors import AuditError
 from ztserve.filtering import OutputFilter
 from ztserve.inference import Runner
-from ztserve.types import Call, Description, Receive, Reply
+from ztserve.types import Call, Description, Inputs, Receive, Reply, Request
 from ztserve.validation import Validator
 
 
@@ -44,11 +45,13 @@ class Pipeline:
         self._outputs = outputs
         self._log = log
         self._outcomes: Counter[str] = Counter()
+        self._counting = threading.Lock()
 
     @property
     def outcomes(self) -> Mapping[str, int]:
         """Calls so far by outcome: released, refused, failed, cancelled."""
-        return MappingProxyType(self._outcomes)
+        with self._counting:
+            return dict(self._outcomes)
 
     def infer(self, call: Call, receive: Receive) -> Reply:
         """Answer one request; the record is written before the reply leaves.
@@ -57,14 +60,11 @@ class Pipeline:
         the audit may, AuditError where the record cannot be written.
         """
         with self._record(call) as record:
-            record.rule = self._policies.authorize(call).rule
-            record.stage("authorization")
+            self._judge(call, record)
             with self._runner.admit() as place:
                 request = receive()
                 record.received(request)
-                inputs = self._validator.check(request)
-                record.rows = inputs.rows
-                record.stage("validation")
+                inputs = self._checked(request, record)
                 outputs = place.run(call, inputs)
                 record.stage("inference")
             reply = self._outputs.release(outputs, request.outputs)
@@ -78,20 +78,19 @@ class Pipeline:
         before the stream ends.
         """
         with self._record(call) as record:
-            record.rule = self._policies.authorize(call).rule
-            record.stage("authorization")
+            self._judge(call, record)
             with self._runner.admit() as place:
                 request = receive()
                 record.received(request)
-                inputs = self._validator.check(request)
-                record.rows = inputs.rows
-                record.stage("validation")
+                inputs = self._checked(request, record)
                 release = self._outputs.stream(request.outputs)
-                for outputs in place.stream(call, inputs):
-                    piece = release.feed(outputs)
-                    if piece is not None:
-                        record.released(piece, last=False)
-                        yield piece
+                # Closed here, within the record: the model's code has ended by then.
+                with closing(place.stream(call, inputs)) as answer:
+                    for outputs in answer:
+                        piece = release.feed(outputs)
+                        if piece is not None:
+                            record.released(piece, last=False)
+                            yield piece
             record.stage("inference")
             last = release.close()
             record.released(last)
@@ -101,9 +100,21 @@ class Pipeline:
     def describe(self, call: Call) -> Description:
         """Answer live, ready and metadata calls, to those who may ask."""
         with self._record(call) as record:
-            record.rule = self._policies.authorize(call).rule
+            self._judge(call, record)
             record.described()
         return self._description
+
+    def _judge(self, call: Call, record: Record) -> None:
+        decision = self._policies.authorize(call)
+        record.rule, record.shadow = decision.rule, decision.shadow
+        record.stage("authorization")
+
+    def _checked(self, request: Request, record: Record) -> Inputs:
+        inputs = self._validator.check(request)
+        self._outputs.select(request.outputs)  # before the model works for nothing
+        record.rows = inputs.rows
+        record.stage("validation")
+        return inputs
 
     @contextmanager
     def _record(self, call: Call) -> Iterator[Record]:
@@ -114,5 +125,9 @@ class Pipeline:
         try:
             with record:
                 yield record
+        except AuditError:
+            record.outcome = "failed"  # whatever it was, nothing leaves
+            raise
         finally:
-            self._outcomes[record.outcome] += 1
+            with self._counting:
+                self._outcomes[record.outcome] += 1

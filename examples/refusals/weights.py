@@ -67,9 +67,10 @@ def pickle(model: str) -> Refusal:
     The signatures are right and the signers trusted: trainers make mistakes, too.
     """
     title = "pickle, though signed and released"
-    with tempfile.TemporaryDirectory() as folder, refused(
-        title, VerificationError
-    ) as told:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        refused(title, VerificationError) as told,
+    ):
         root, keys = Path(folder) / model, Path(folder) / "keys"
         root.mkdir()
         keys.mkdir(mode=0o700)
@@ -183,4 +184,3 @@ def _copy(registry: Path) -> Iterator[_Layout]:
         root = Path(folder) / "registry"
         shutil.copytree(registry, root)
         yield _Layout(root)
-

@@ -51,7 +51,7 @@ def released(
         model = _publish(Path(folder), settings, name, version)
     return {
         "model": f"{model.name}:{model.version}, also {model.name}@production",
-        **{key: _short(value) for key, value in facts.items()},
+        **{key: _short(value) for key, value in facts.items() if key != "characters"},
         "digest": model.digest,
         "registry": settings.artifacts.registry,
         "seconds": f"{trained - start:.1f} to train, "
@@ -73,5 +73,4 @@ def _publish(folder: Path, settings: Settings, name: str, version: str) -> Resol
 
 
 def _short(value: object) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

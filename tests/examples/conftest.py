@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 with warnings.catch_warnings():
     # What Ray warns of when it is imported is Ray's to mend.
@@ -16,6 +17,9 @@ with warnings.catch_warnings():
 
 from examples.digits import network
 from examples.training import chat, digits
+
+# Tests share their cores; threads of one small model would only wait for each other.
+torch.set_num_threads(1)
 
 
 class Trained(NamedTuple):

@@ -53,7 +53,7 @@ def test_the_served_accuracy_is_the_trained_accuracy(trained_digits):
 def test_a_pixel_out_of_range_is_refused_by_name(trained_digits):
     with (
         serve(Digits, model=trained_digits.directory) as served,
-        pytest.raises(InvalidInput, match="'pixels': element 0 is out of range; expected 0 to 16"),
+        pytest.raises(InvalidInput, match="'pixels': element 0 is out of range"),
     ):
         served.client.infer({"pixels": np.full((1, 64), 17, np.float32)})
 

@@ -1,11 +1,13 @@
 """What are we told? ztserve.toml and the environment, and rooms built of them."""
 
 from ztserve.config.environment import (
+    before_ray,
     default_environment,
     endpoint_socket,
     process_environment,
     ray_auth_mode,
 )
+from ztserve.config.file import load
 from ztserve.config.rooms import (
     agent_directory,
     limits,
@@ -14,13 +16,14 @@ from ztserve.config.rooms import (
     open_log,
     record_refusal,
 )
-from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries, load
+from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries
 
 __all__ = [
     "DEVELOPMENT_DOMAIN",
     "FILE",
     "Settings",
     "agent_directory",
+    "before_ray",
     "default_environment",
     "endpoint_socket",
     "entries",

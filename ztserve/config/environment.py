@@ -23,6 +23,15 @@ def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def before_ray() -> None:
+    """Set what Ray reads when it is imported, where the user has not.
+
+    Without token authentication whoever reaches a port of Ray can run code in every
+    replica; without the variable a second shell cannot attach.
+    """
+    default_environment({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
+
+
 def default_environment(values: Mapping[str, str]) -> None:
     """Set environment variables of libraries, before they are imported, if unset."""
     for name, value in values.items():

@@ -32,12 +32,8 @@ def obtain_identity(
         )
     folder = agent_directory(settings)
     if spiffe_id is not None:
-        identity.register(
-            identity.admin_path(folder), spiffe_id, timeout_s=wait_s
-        )
-    return identity.WorkloadSource(
-        identity.workload_endpoint(folder), timeout_s=wait_s
-    )
+        identity.register(identity.admin_path(folder), spiffe_id, timeout_s=wait_s)
+    return identity.WorkloadSource(identity.workload_endpoint(folder), timeout_s=wait_s)
 
 
 def agent_directory(settings: Settings) -> Path:

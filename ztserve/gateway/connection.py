@@ -7,16 +7,15 @@ answers asks for it. What a client sends beyond that waits, bounded, unread.
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
 from enum import Enum, auto
-from typing import Any, Protocol, cast
+from typing import cast
 
 from ztserve.errors import CallError, Unavailable
 from ztserve.gateway import response
-from ztserve.gateway.head import END, Head, Malformed, read_head
-from ztserve.gateway.limits import Limits
-from ztserve.gateway.places import Places
-from ztserve.gateway.tls import Edge, HandshakeRefused, Session
+from ztserve.gateway.head import Malformed, read_head
+from ztserve.gateway.house import House
+from ztserve.gateway.inbox import Inbox
+from ztserve.gateway.tls import HandshakeRefused, Session
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,21 +25,6 @@ _MAX_WAITING = 256 * 1024
 _LINGER_S = 1.0
 _MAX_LINGERING = 1 << 20
 _NEVER = float("inf")
-
-
-class House(Protocol):
-    """What all connections of one gateway share."""
-
-    edge: Edge
-    limits: Limits
-    places: Places
-    connections: "set[Connection]"
-
-    def answer(self, connection: "Connection", head: Head) -> Coroutine[Any, Any, None]:
-        """Answer one request, whatever happens."""
-
-    def refused(self, cause: str) -> None:
-        """Count a connection that ended before there was a call."""
 
 
 class State(Enum):
@@ -62,8 +46,7 @@ class Connection(asyncio.Protocol):
         self._state = State.HANDSHAKE
         self._session: Session
         self._transport: asyncio.Transport
-        self._buffer = bytearray()
-        self._scanned = 0
+        self._inbox = Inbox(house.limits.max_header_bytes)
         self._waiting = 0
         self._left = 0
         """Bytes of the present request's body that nobody has read."""
@@ -159,7 +142,7 @@ class Connection(asyncio.Protocol):
             self._expires = _NEVER
             if not self._body.done():
                 self._body.set_exception(Malformed(408, "the body took too long"))
-        elif self._state is State.HEAD and self._buffer:
+        elif self._state is State.HEAD and self._inbox:
             self._refuse(Malformed(408, "the header took too long"))
         elif self._state is State.HEAD:
             self._end(linger=False)
@@ -206,7 +189,7 @@ class Connection(asyncio.Protocol):
 
     async def body(self) -> bytes:
         """Return the body of the present request. Raises Malformed if it is late."""
-        if self._expects and len(self._buffer) < self._left:
+        if self._expects and len(self._inbox) < self._left:
             self._write(response.CONTINUE)
         self._state = State.BODY
         self._body = asyncio.get_running_loop().create_future()
@@ -275,34 +258,33 @@ class Connection(asyncio.Protocol):
             if not piece:
                 self._end(linger=False)
                 return
-            if self._state is State.HEAD and not self._buffer:
+            if self._state is State.HEAD and not self._inbox:
                 self._expire(self._house.limits.header_s)
-            self._buffer += piece
+            self._inbox.add(piece)
         if self._waiting > _MAX_WAITING and self._state is State.ANSWER:
             self._transport.pause_reading()
 
     def _advance(self) -> bool:
         """Return whether what is wanted was all there, and go on with it."""
         if self._state is State.BODY:
-            if len(self._buffer) < self._left or self._body is None:
-                return False
-            body = bytes(self._buffer[: self._left])
-            del self._buffer[: self._left]
-            self._left, self._state = 0, State.ANSWER
-            if not self._body.done():
-                self._body.set_result(body)
+            return self._take_body()
+        try:
+            raw = self._inbox.head()
+        except Malformed as malformed:
+            self._refuse(malformed)
             return True
-        end = self._buffer.find(END, max(self._scanned - len(END), 0))
-        self._scanned = len(self._buffer)
-        most = self._house.limits.max_header_bytes
-        if end > most or (end < 0 and self._scanned > most):
-            self._refuse(Malformed(431, f"the header is larger than {most} bytes"))
-            return True
-        if end < 0:
+        if raw is None:
             return False
-        raw = bytes(self._buffer[:end])
-        del self._buffer[: end + len(END)]
         self._begin(raw)
+        return True
+
+    def _take_body(self) -> bool:
+        body = self._inbox.body(self._left)
+        if body is None:
+            return False
+        self._left, self._state = 0, State.ANSWER
+        if self._body is not None and not self._body.done():
+            self._body.set_result(body)
         return True
 
     def _begin(self, raw: bytes) -> None:
@@ -316,7 +298,7 @@ class Connection(asyncio.Protocol):
         except Malformed as malformed:
             self._refuse(malformed)
             return
-        self._state, self._expires, self._scanned = State.ANSWER, _NEVER, 0
+        self._state, self._expires = State.ANSWER, _NEVER
         self._left, self._expects = head.length, head.expects
         self._closes = self._closes or head.closes
         answer = self._house.answer(self, head)
@@ -342,7 +324,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, malformed: Malformed) -> None:
         """Say what is wrong with the request, and close: nothing after it is safe."""
         self._house.refused(f"HTTP {malformed.status}")
-        body = response.told(malformed.message)
+        body = response.told(malformed.public)
         self._write(response.whole(malformed.status, body, closes=True))
         self._end(linger=True)
 

@@ -54,14 +54,13 @@ class Desk:
     async def answer(self, connection: Connection, head: Head) -> None:
         """Answer one request, whatever happens."""
         if (head.method, head.path) == ("GET", LIVE):
-            await connection.reply(200, b'{"live": true}')
+            # Who shows no certificate has nothing else to ask for here.
+            nobody = not connection.chain
+            await connection.reply(200, b'{"live": true}', closes=nobody)
             return
         visit = Visit(self, connection, head, os.urandom(16).hex())
         try:
             await visit.walk()
-        except Malformed as malformed:
-            body = response.told(malformed.message, visit.id)
-            await connection.reply(malformed.status, body, visit.id)
         except Exception as error:  # noqa: BLE001 - told to the client and the log
             await self._tell(connection, error, visit.id)
 
@@ -95,5 +94,6 @@ class Desk:
             await connection.event(response.event(body, "error"), call_id)
             await connection.last_event(call_id)
             return
-        nobody = isinstance(error, Unauthenticated)
-        await connection.reply(http_status(error), body, call_id, closes=nobody)
+        status = error.status if isinstance(error, Malformed) else http_status(error)
+        closes = isinstance(error, Malformed | Unauthenticated)
+        await connection.reply(status, body, call_id, closes=closes)

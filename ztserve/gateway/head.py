@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ztserve.errors import InvalidInput
+
 END = b"\r\n\r\n"
 METHODS = ("GET", "POST")
 
@@ -29,13 +31,12 @@ _FORGEABLE = re.compile(
 _ONCE = ("content-length", "content-type", "host", "expect")
 
 
-class Malformed(Exception):
-    """A request that is refused before it is a call. `status` as in RFC 9110."""
+class Malformed(InvalidInput):
+    """A request that is not one. `status` is as in RFC 9110; the connection ends."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
+        super().__init__(message)
         self.status = status
-        self.message = message
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _INLINE_BYTES = 64 * 1024
-"""A larger body is read on a thread, so that others need not wait for it."""
+"""What is larger is turned on a thread, so that others need not wait for it."""
 _READY_S = 2.0
 
 
@@ -105,7 +105,7 @@ class Visit:
             port=self._desk.port,
             source_ip=connection.address,
             source_port=connection.port,
-            notes=tuple(f"header {name} dropped" for name in head.dropped),
+            notes=(f"dropped {', '.join(head.dropped)}",) if head.dropped else (),
             cancelled=lambda: connection.gone,
         )
 
@@ -131,10 +131,7 @@ class Visit:
         Where the body tells more of the operation's names, all are judged again.
         """
         body = await self._connection.body()
-        if len(body) > _INLINE_BYTES:
-            request = await asyncio.to_thread(payload.read_request, body)
-        else:
-            request = payload.read_request(body)
+        request = await _read(body)
         record.received(request)
         in_path = self._wanted.model
         if in_path and request.model not in ("", in_path):
@@ -159,7 +156,7 @@ class Visit:
                 request, timeout_s=limits.max_call_s, caller=caller
             )
             record.stage("forwarding")
-            answer = payload.write_reply(request, outputs)
+            answer = await _written(request, outputs)
             record.bytes_out = len(answer)
             return answer
         pieces = deployment.send_stream(
@@ -167,7 +164,7 @@ class Visit:
         )
         async with aclosing(cast("AsyncGenerator[tuple[Tensor, ...]]", pieces)):
             async for outputs in pieces:
-                piece = payload.write_reply(request, outputs)
+                piece = await _written(request, outputs)
                 # Before the first piece leaves, the audit knows of it.
                 record.released(None, last=False)
                 record.bytes_out += len(piece)
@@ -182,3 +179,15 @@ class Visit:
         # One that may not tell us so has at least answered.
         ready = all(one is True or isinstance(one, Denied) for one in answers)
         return (200, b'{"ready": true}') if ready else (503, b'{"ready": false}')
+
+
+async def _read(body: bytes) -> Request:
+    if len(body) > _INLINE_BYTES:
+        return await asyncio.to_thread(payload.read_request, body)
+    return payload.read_request(body)
+
+
+async def _written(request: Request, outputs: tuple[Tensor, ...]) -> bytes:
+    if sum(len(one.data) for one in outputs) > _INLINE_BYTES:
+        return await asyncio.to_thread(payload.write_reply, request, outputs)
+    return payload.write_reply(request, outputs)

@@ -1,4 +1,4 @@
-"""numpy on the outside, torch on the inside: the only place where one turns into the other."""
+"""numpy on the outside, torch on the inside: one turns into the other only here."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,11 @@ def _to_torch(value: Value, spec: TensorSpec, device: "torch.device | str") -> A
 
 
 def from_model(result: object, specs: Sequence[Spec]) -> Outputs:
-    """Return what `predict` gave, by output name.
+    """Return what `predict` gave, by output name, as copies.
 
-    A dict is taken by name; one value is the sole output. Raises InferenceError for
-    anything that is neither tensor, array nor text.
+    A dict is taken by name; one value is the sole output. A model may write the next
+    caller's answer where it wrote this one: call it while it cannot run. Raises
+    InferenceError for anything that is neither tensor, array nor text.
     """
     if isinstance(result, Mapping):
         return Outputs({str(k): _value(str(k), v) for k, v in result.items()})
@@ -58,7 +59,7 @@ def _value(name: str, value: object) -> Value:
     if isinstance(value, str):
         return value
     if isinstance(value, np.ndarray):
-        return value
+        return value.copy()
     if hasattr(value, "detach"):
         return _from_torch(value)
     raise InferenceError(
@@ -71,9 +72,8 @@ def _from_torch(value: Any) -> Array:
     import torch
 
     tensor = value.detach()
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.contiguous().view(torch.uint16)
-    array: Array = tensor.numpy()
-    return array
+    copied = tensor.device.type != "cpu"
+    array: Array = tensor.cpu().numpy()
+    return array if copied else array.copy()

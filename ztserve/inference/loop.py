@@ -5,8 +5,9 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Awaitable
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 from ztserve.errors import InferenceError, Unavailable
@@ -24,10 +25,10 @@ class ModelLoop:
     def __init__(self, max_ongoing: int) -> None:
         self._lock = threading.Lock()
         self._places = asyncio.Semaphore(max_ongoing)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._closing = asyncio.Event()
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def wait(
         self,
@@ -41,14 +42,14 @@ class ModelLoop:
         Cancels it, and waits a little for its end, where nobody waits for `calls` any
         more (Cancelled, DeadlineExceeded) or `within_s` have passed (InferenceError).
         """
-        work = _Work(self._running(), awaitable, self._run(calls, awaitable))
+        work = _Work(awaitable, partial(self._run, calls, awaitable))
+        work.begin(self._running)
         until = time.monotonic() + within_s
         try:
             while not work.ended.wait(LOOK_UP_S):
                 if time.monotonic() >= until:
-                    raise InferenceError(f"no end within {within_s:g} s")
-                if calls:
-                    any_wanted(calls)
+                    raise InferenceError(f"the model's code goes on after {within_s} s")
+                any_wanted(calls)
         except BaseException:
             work.cancel()
             raise
@@ -76,7 +77,10 @@ class ModelLoop:
             if self._loop is None:
                 started = threading.Event()
                 self._thread = threading.Thread(
-                    target=self._live, args=(started,), name="ztserve-model", daemon=True
+                    target=self._live,
+                    args=(started,),
+                    name="ztserve-model",
+                    daemon=True,
                 )
                 self._thread.start()
                 started.wait()
@@ -101,19 +105,53 @@ class _Work:
     """One awaitable on the loop, and the thread that waits for it."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        awaitable: Awaitable[Any],
-        run: Any,
+        self, awaitable: Awaitable[Any], run: Callable[[], Coroutine[Any, Any, Any]]
     ) -> None:
-        self._loop = loop
         self._awaitable = awaitable
         self._run = run
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self.ended = threading.Event()
-        loop.call_soon_threadsafe(self._start)
+
+    def begin(self, running: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        """Have the loop take it up."""
+        try:
+            self._loop = running()
+            self._loop.call_soon_threadsafe(self._start)
+        except BaseException:
+            self._discard()
+            raise
 
     def cancel(self) -> None:
-        """Cancel the work; return when it has ended, or does not want to."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        """Cancel it; return when it has ended, or does not want to."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # closed: it has cancelled all that ran
+                self._loop.call_soon_threadsafe(self._cancel)
         self.ended.wait(CLOSE_S)
+
+    def result(self) -> Any:
+        """Return what it gave, once it has ended, or raise what it raised."""
+        if self._task is None:
+            raise InferenceError("the model's code has not been run")
+        return self._task.result()
+
+    # --- on the loop ----------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._task = asyncio.ensure_future(self._run())
+        self._task.add_done_callback(self._end)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled():
+            task.exception()  # marks it as seen, though the caller may be gone
+        self._discard()
+        self.ended.set()
+
+    def _discard(self) -> None:
+        """Let the coroutine go: it may not have begun."""
+        if inspect.iscoroutine(self._awaitable):
+            self._awaitable.close()

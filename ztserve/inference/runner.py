@@ -8,29 +8,35 @@ load (flat combining: Hendler et al., SPAA 2010). Asynchronous model code runs o
 replica's own event loop.
 """
 
+import asyncio
 import inspect
-import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ztserve.errors import (
     CallError,
     Denied,
     InferenceError,
     Interrupted,
+    NotFound,
     Overloaded,
     Unauthenticated,
 )
-from ztserve.inference.batching import Combiner, still_wanted
-from ztserve.inference.context import working_for
+from ztserve.inference.batching import Combiner
+from ztserve.inference.context import inference_mode, working_for
 from ztserve.inference.convert import from_model, to_model
-from ztserve.inference.loop import ModelLoop
-from ztserve.types import Batch, Call, Inputs, Outputs, Spec, TextSpec
+from ztserve.inference.loop import CLOSE_S, ModelLoop
+from ztserve.inference.turns import Turns, still_wanted
+from ztserve.types import Batch, Call, Inputs, Outputs, Spec, TensorSpec, TextSpec
 
 if TYPE_CHECKING:
     import torch
+
+Pieces: TypeAlias = Generator[Outputs, None, None]
+_Turn: TypeAlias = Callable[[Call | None], AbstractContextManager[None]]
+_END = object()
 
 
 class Runner:
@@ -58,14 +64,18 @@ class Runner:
         max_ongoing: int = 32,
         max_queued: int = 64,
     ) -> None:
+        if any(isinstance(spec, TensorSpec) for spec in inputs):
+            # Now: the first calls come together, and would meet it half imported.
+            import torch  # noqa: F401
         self._predict = predict
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
         self._device = device
         self._most = max_ongoing + max_queued
         self._admitted = 0
         self._count = threading.Lock()
-        self._combiner = Combiner(self._step, batch or Batch(1))
-        self.overlaps = batch is None and inspect.iscoroutinefunction(predict)
+        self._turns = Turns()
+        self._combiner = Combiner(self._step, batch or Batch(1), self._turns)
+        self._overlaps = batch is None and inspect.iscoroutinefunction(predict)
         self._loop = ModelLoop(max_ongoing)
 
     @property
@@ -99,17 +109,18 @@ class Runner:
     def _not_expected(self) -> None:
         self._combiner.expect(-1)
 
-    def _run(self, call: Call, inputs: Inputs) -> Outputs:
-        return self._combiner.run(call, inputs)
+    def _run(self, call: Call, inputs: Inputs, *, expected: bool) -> Outputs:
+        return self._combiner.run(call, inputs, expected=expected)
 
     def _run_overlapping(self, call: Call, inputs: Inputs) -> Outputs:
         with _blamed_on_the_model():
+            still_wanted(call)
             arguments = to_model(inputs, self._inputs, self._device)
             return self._finish((call,), self._predict(**arguments))
 
     def _step(self, calls: tuple[Call, ...], inputs: Inputs) -> Outputs:
         """Take the inputs of one or more calls through `predict`; holds the model."""
-        with _blamed_on_the_model(), working_for(calls), _inference_mode():
+        with _blamed_on_the_model(), working_for(calls), inference_mode():
             result = self._predict(**to_model(inputs, self._inputs, self._device))
             return self._finish(calls, result)
 
@@ -119,49 +130,55 @@ class Runner:
             result = self._loop.wait(calls, result)
         if not _is_stream(result):
             return from_model(result, self._outputs)
-        return _join(list(self._iterate(calls[0], result)), self._outputs)
+        return _join(list(self._iterate(calls[0], result, _held)), self._outputs)
 
-    def _stream(self, call: Call, inputs: Inputs) -> Iterator[Outputs]:
+    def _stream(self, call: Call, inputs: Inputs) -> Pieces:
         with _blamed_on_the_model():
+            still_wanted(call)
             arguments = to_model(inputs, self._inputs, self._device)
             with self._turn(call):
                 result = self._predict(**arguments)
+                later = inspect.isawaitable(result) or _is_stream(result)
+                answer = None if later else from_model(result, self._outputs)
             if inspect.isawaitable(result):
                 result = self._loop.wait((call,), result)
             if _is_stream(result):
                 yield from self._iterate(call, result, self._turn)
             else:
-                yield from_model(result, self._outputs)
+                yield from_model(result, self._outputs) if answer is None else answer
 
     @contextmanager
-    def _turn(self, call: Call) -> Iterator[None]:
-        with self._combiner.turn(call), working_for((call,)), _inference_mode():
+    def _turn(self, call: Call | None) -> Iterator[None]:
+        calls = () if call is None else (call,)
+        with self._turns.turn(call), working_for(calls), inference_mode():
             yield
 
-    def _iterate(
-        self,
-        call: Call,
-        stream: Any,
-        turn: Callable[[Call], AbstractContextManager[None]] = nullcontext,
-    ) -> Iterator[Outputs]:
-        """Yield a generator's pieces; between two of them other calls get their turn."""
-        asynchronous = isinstance(stream, AsyncIterator)
+    def _iterate(self, call: Call, stream: Any, turn: _Turn) -> Pieces:
+        """Yield a generator's pieces; between two of them other calls get their turn.
+
+        It is closed where its reader leaves it, or its caller has gone.
+        """
         try:
-            while True:
-                still_wanted(call)
-                try:
-                    if asynchronous:
-                        piece = self._loop.wait((call,), stream.__anext__())
-                    else:
-                        with turn(call):
-                            piece = next(stream)
-                except (StopIteration, StopAsyncIteration):
-                    return
-                yield from_model(piece, self._outputs)
-        finally:
-            if asynchronous and hasattr(stream, "aclose"):
-                self._loop.wait((), stream.aclose())
-            elif hasattr(stream, "close"):
+            while (piece := self._next(call, stream, turn)) is not None:
+                yield piece
+        except BaseException:
+            self._close(stream, turn)
+            raise
+
+    def _next(self, call: Call, stream: Any, turn: _Turn) -> Outputs | None:
+        still_wanted(call)
+        if isinstance(stream, AsyncIterator):
+            piece = self._loop.wait((call,), anext(stream, _END))
+            return None if piece is _END else from_model(piece, self._outputs)
+        with turn(call):
+            piece = next(stream, _END)
+            return None if piece is _END else from_model(piece, self._outputs)
+
+    def _close(self, stream: Any, turn: _Turn) -> None:
+        if hasattr(stream, "aclose"):
+            self._loop.wait((), stream.aclose(), within_s=CLOSE_S)
+        elif hasattr(stream, "close"):
+            with turn(None):
                 stream.close()
 
 
@@ -186,16 +203,25 @@ class Place:
         Raises DeadlineExceeded, Cancelled, or InferenceError if the model's code
         fails; the other callers of the same batch are not hurt by that.
         """
-        if self._runner.overlaps:
+        runner = self._runner
+        if runner._overlaps:  # noqa: SLF001
             self.leave()
-            return self._runner._run_overlapping(call, inputs)  # noqa: SLF001
-        self._expected = False
-        return self._runner._run(call, inputs)  # noqa: SLF001
+            return runner._run_overlapping(call, inputs)  # noqa: SLF001
+        expected, self._expected = self._expected, False
+        return runner._run(call, inputs, expected=expected)  # noqa: SLF001
 
-    def stream(self, call: Call, inputs: Inputs) -> Iterator[Outputs]:
-        """Take one call's inputs through the model; a unary answer is one piece."""
+    def stream(self, call: Call, inputs: Inputs) -> Pieces:
+        """Take one call's inputs through the model; a unary answer is one piece.
+
+        Close it where it is not read to its end.
+        """
         self.leave()
         return self._runner._stream(call, inputs)  # noqa: SLF001
+
+
+def _held(_: Call | None) -> AbstractContextManager[None]:
+    """Take no turn: the step that is running has it."""
+    return nullcontext()
 
 
 def _is_stream(result: object) -> bool:
@@ -227,17 +253,12 @@ def _blamed_on_the_model() -> Iterator[None]:
     """
     try:
         yield
-    except (Denied, Unauthenticated, Interrupted) as error:
+    except (Denied, Unauthenticated, NotFound, Interrupted) as error:
         raise InferenceError(
             f"a call made by predict failed: {type(error).__name__}: {error}"
         ) from error
     except (CallError, InferenceError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # The latter two are no Exceptions, and would end the thread of the call.
         raise InferenceError(f"{type(error).__name__}: {error}") from error
-
-
-def _inference_mode() -> AbstractContextManager[object]:
-    """Run without autograd, where torch is loaded at all."""
-    torch = sys.modules.get("torch")
-    return nullcontext() if torch is None else torch.inference_mode()

@@ -23,12 +23,16 @@ def still_wanted(call: Call) -> None:
 
 def any_wanted(calls: tuple[Call, ...]) -> None:
     """Raise as `still_wanted` does where that holds for each of `calls`."""
-    for at, call in enumerate(calls, start=1):
+    gone: CallError | None = None
+    for call in calls:
         try:
-            return still_wanted(call)
-        except CallError:
-            if at == len(calls):
-                raise
+            still_wanted(call)
+        except CallError as error:
+            gone = error
+        else:
+            return
+    if gone is not None:
+        raise gone
 
 
 class Turns:

@@ -11,11 +11,6 @@ from typing import Any
 from ztserve import config, transport
 from ztserve.errors import ConfigError, ZTServeError
 
-RAY_ENVIRONMENT = {
-    # Without it a second shell cannot attach, and any process could run code in ours.
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 _OURS = re.compile(r"ztserve\.\S*?(\w+): (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.DOTALL)
 
 
@@ -43,7 +38,7 @@ def attached(
 
     What was started here ends with the block.
     """
-    config.default_environment(RAY_ENVIRONMENT)
+    config.before_ray()
     if config.ray_auth_mode() != "token":
         raise ConfigError("RAY_AUTH_MODE must be token: export RAY_AUTH_MODE=token")
     import ray

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.inference import current_call, current_calls
 from ztserve.types import Batch, Call, ModelRef, Spec, TensorSpec, TextSpec
@@ -90,6 +91,7 @@ class ZTDeployment:
 
         ``Digits.options(num_replicas=2, model="digits:3").bind()``
         """
+        config.before_ray()
         from ztserve.serving.binding import Bindable
 
         return Bindable(cls, options)

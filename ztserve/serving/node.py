@@ -159,7 +159,12 @@ class AgentActor:
                 worker_namespaces=(settings.identity.namespace,),
                 worker_parent=os.getppid(),
                 worker_ids=(settings.directory_id,),
-                local_ids=(settings.gateway_id, settings.developer_id),
+                local_ids=(
+                    settings.gateway_id,
+                    settings.developer_id,
+                    # No policy names it: an identity to try refusals with.
+                    settings.spiffe_id("stranger", "dev"),
+                ),
                 default_id=settings.developer_id,
             ),
             ttl_s=settings.identity.svid_ttl_s,

@@ -26,7 +26,13 @@ from ztserve.config import (
     open_log,
     record_refusal,
 )
-from ztserve.errors import ArtifactError, ConfigError, IdentityError, RegistryError
+from ztserve.errors import (
+    ArtifactError,
+    CallError,
+    ConfigError,
+    IdentityError,
+    RegistryError,
+)
 from ztserve.filtering import OutputFilter, TextFilter
 from ztserve.identity import Source
 from ztserve.inference import Runner
@@ -148,6 +154,10 @@ class Replica:
             "replica-started", address=self.address, digest=self.description.digest
         )
         return self.address
+
+    def refused(self, what: str, error: CallError) -> None:
+        """Audit an attempt that did not come over the wire."""
+        self._log.refused(what, error, principal="", address="")
 
     def check_health(self) -> None:
         """Raise where the replica cannot answer: no valid SVID, or no open door."""

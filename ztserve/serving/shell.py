@@ -36,12 +36,16 @@ class Shell:
 
     def __getattribute__(self, name: str) -> Any:
         if name != "__class__" and ray_private.is_serve_request():
-            cls = type(self)._ztserve_deployment  # noqa: SLF001
-            raise Denied(
+            cls = type(self)._ztserve_deployment  # noqa: SLF001 - our own
+            refusal = Denied(
                 f"{cls.__name__} answers only verified callers over mTLS, not Ray "
                 "handles or Serve's proxy: use ztserve.Client"
                 f"('<namespace>/{cls.service}', ...), the gateway, or `ztserve predict`"
             )
+            replica = object.__getattribute__(self, "__dict__").get("_replica")
+            if replica is not None:
+                replica.refused(f"Ray handle: {name}", refusal)
+            raise refusal
         return object.__getattribute__(self, name)
 
     @classmethod

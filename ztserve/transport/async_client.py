@@ -53,6 +53,11 @@ class AsyncClient:
 
     @property
     def model(self) -> str:
+        """The model's name; empty where neither we nor the directory were told."""
+        return self._model or self._route.model
+
+    @property
+    def model(self) -> str:
         """The model's name: as given, or as the directory tells it; else empty."""
         return self._model or self._route.model
 
@@ -146,6 +151,15 @@ class AsyncClient:
                 raise protocol.midway(error)
             await asyncio.sleep(attempts.pause_s(error, lane.address))
 
+    async def start(self) -> None:
+        """Begin to follow source and directory; the first call does it otherwise."""
+        if self._upkeep is None:
+            self._upkeep = AsyncUpkeep(self._route)
+            self._starting = asyncio.ensure_future(self._upkeep.start())
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
+            self._starting = None
+
     async def close(self) -> None:
         """Take no more calls; those that run may end. May be called again."""
         if self._upkeep is not None:
@@ -153,6 +167,7 @@ class AsyncClient:
         await asyncio.gather(*self._closing)
 
     async def __aenter__(self) -> Self:
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -166,7 +181,7 @@ class AsyncClient:
     ) -> Request:
         if protocol.undeclared(inputs, datatypes):
             datatypes = {**await self._declared(), **datatypes}
-        named = (self._model or self._route.model) if model is None else model
+        named = self.model if model is None else model
         return values.request(inputs, model=named, datatypes=datatypes)
 
     async def _declared(self) -> Mapping[str, str]:
@@ -203,13 +218,9 @@ class AsyncClient:
             await asyncio.sleep(attempts.pause_s(error, lane.address))
 
     async def _lane(self, attempts: Attempts) -> Lane[grpc.aio.Channel]:
-        if self._upkeep is None:
-            self._upkeep = AsyncUpkeep(self._route)
-            self._starting = asyncio.ensure_future(self._upkeep.start())
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-            self._starting = None
-        return await self._upkeep.lane(attempts)
+        if self._upkeep is None or self._starting is not None:
+            await self.start()
+        return await cast("AsyncUpkeep", self._upkeep).lane(attempts)
 
     def _close_channel(self, channel: grpc.aio.Channel) -> None:
         task = asyncio.ensure_future(channel.close(None))

@@ -62,6 +62,11 @@ class Client:
         """The SPIFFE ID that the server must prove."""
         return self._route.server
 
+    @property
+    def model(self) -> str:
+        """The model's name; empty where neither we nor the directory were told."""
+        return self._model or self._route.model
+
     def infer(
         self,
         inputs: Mapping[str, values.Given],
@@ -174,7 +179,7 @@ class Client:
     ) -> Request:
         if protocol.undeclared(inputs, datatypes):
             datatypes = {**self._declared(), **datatypes}
-        named = (self._model or self._route.model) if model is None else model
+        named = self.model if model is None else model
         return values.request(inputs, model=named, datatypes=datatypes)
 
     def _declared(self) -> Mapping[str, str]:

@@ -47,7 +47,8 @@ spec:
 class Doubler:
     """A service that doubles FP32 input `x`, and does as a text input says.
 
-    ``raise NAME`` raises that error, ``wait`` blocks until `go` or until cancelled.
+    ``raise NAME`` raises that error, ``wait`` blocks until `go` or until cancelled,
+    ``fail``, ``endless`` and ``flood`` are streams that do so.
     """
 
     model: str = "digits"
@@ -68,10 +69,11 @@ class Doubler:
                 yield reply
             if reply.outputs[0].name == "fail":
                 raise errors.Withheld("no more of this", "the secret reason")
-            if reply.outputs[0].name == "endless":
-                while not call.cancelled():
-                    yield reply
-                    time.sleep(0.01)
+            while reply.outputs[0].name == "endless" and not call.cancelled():
+                yield reply
+                time.sleep(0.01)
+            while reply.outputs[0].name == "flood" and not call.cancelled():
+                yield Reply((Tensor("flood", "BYTES", (1,), (b"x" * 65536,)),))
         except BaseException as error:
             self.outcomes.append(error)
             raise

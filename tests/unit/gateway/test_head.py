@@ -19,7 +19,7 @@ def read(head: bytes, **limits):
 def refused(head: bytes, **limits) -> tuple[int, str]:
     with pytest.raises(Malformed) as caught:
         read(head, **limits)
-    return caught.value.status, caught.value.message
+    return caught.value.status, caught.value.public
 
 
 def test_a_request_is_read():

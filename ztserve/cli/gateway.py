@@ -1,0 +1,63 @@
+"""``ztserve gateway``: the HTTPS edge, a process of its own without Ray."""
+
+import argparse
+import signal
+import threading
+
+from ztserve import config, identity, transport
+from ztserve.errors import ConfigError
+from ztserve.gateway import Gateway
+from ztserve.types import operations
+
+HELP = "run the HTTPS gateway until Ctrl-C"
+GRACE_S = 5.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("--port", type=int, help="default: ztserve.toml's")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Open the edge, say where, and stay until told to stop."""
+    identity.harden_process()
+    settings = config.load()
+    if not settings.gateway.deployments:
+        raise ConfigError("[gateway] deployments is empty: name what it routes to")
+    source = config.obtain_identity(settings, settings.gateway_id)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    where = settings.gateway
+    with config.open_log(settings, where.service, str(where.port), source) as log:
+        gateway = Gateway(
+            source=source,
+            policies=config.load_policies(
+                settings,
+                service=where.service,
+                namespace=where.namespace,
+                operations=operations("*").values(),
+            ),
+            deployments={name: client(settings, source, name) for name in where.deployments},
+            log=log,
+            address=(where.host, chosen.port or where.port),
+        )
+        host, port = gateway.start()
+        print(f"https://{host}:{port} as {settings.gateway_id}", flush=True)
+        stop.wait()
+        gateway.stop(GRACE_S)
+    source.close()
+    return 0
+
+
+def client(
+    settings: config.Settings, source: identity.Source, deployment: str
+) -> transport.AsyncClient:
+    """Return a client of one deployment, found through the directory."""
+    namespace, _, service = deployment.rpartition("/")
+    return transport.AsyncClient(
+        f"{namespace or settings.identity.namespace}/{service}",
+        source=source,
+        directory=f"{settings.directory.host}:{settings.directory.port}",
+        directory_id=settings.directory_id,
+    )

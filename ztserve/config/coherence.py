@@ -1,0 +1,108 @@
+"""What only holds between settings, and where relative paths lead."""
+
+import ipaddress
+import re
+from dataclasses import replace
+
+from ztserve.config.settings import DEVELOPMENT_DOMAIN, Settings
+from ztserve.errors import ConfigError, IdentityError
+from ztserve.identity import SpiffeId
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+
+
+def coherent(settings: Settings) -> Settings:
+    """Return the settings with their paths made absolute.
+
+    Raises ConfigError where names are no names, or settings contradict each other.
+    """
+    _check_names(settings)
+    _check_ids(settings)
+    _check_profile(settings)
+    _check_ports(settings)
+    return _located(settings)
+
+
+def _check_names(settings: Settings) -> None:
+    gateway = settings.gateway
+    named = [
+        ("[identity] namespace", settings.identity.namespace),
+        ("[gateway] namespace", gateway.namespace),
+        ("[gateway] service", gateway.service),
+    ]
+    for deployment in gateway.deployments:
+        namespace, slash, service = deployment.rpartition("/")
+        named.append(("[gateway] deployments", service))
+        if slash:
+            named.append(("[gateway] deployments", namespace))
+    for where, name in named:
+        if not _LABEL.match(name):
+            raise ConfigError(
+                f"{where}: {name!r} is not a Kubernetes-style name: lower case letters, "
+                "digits and dashes, at most 63"
+            )
+
+
+def _check_ids(settings: Settings) -> None:
+    try:
+        settings.spiffe_id("check")
+    except IdentityError as error:
+        raise ConfigError(f"[identity] trust_domain: {error}") from error
+    for delegate in settings.authorization.delegates:
+        try:
+            SpiffeId.parse(delegate)
+        except IdentityError as error:
+            raise ConfigError(f"[authorization] delegates: {error}") from error
+
+
+def _check_profile(settings: Settings) -> None:
+    if settings.profile == "production":
+        if settings.identity.trust_domain == DEVELOPMENT_DOMAIN:
+            raise ConfigError(
+                "[identity] trust_domain: the development domain is refused in "
+                "production; name your own"
+            )
+        return
+    for table in ("transport", "directory", "gateway"):
+        host = getattr(settings, table).host
+        if not _is_loopback(host):
+            raise ConfigError(
+                f"[{table}] host: {host!r} is not a loopback address, and profile "
+                'development stays on this machine; set profile = "production"'
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_ports(settings: Settings) -> None:
+    first, last = settings.transport.first_port, settings.transport.last_port
+    if first > last:
+        raise ConfigError("[transport]: first_port is above last_port; name both")
+    if last and not first:
+        raise ConfigError(
+            "[transport]: first_port 0 means any free port; name it, or leave "
+            "last_port out"
+        )
+
+
+def _located(settings: Settings) -> Settings:
+    base = settings.base
+    artifacts, audit = settings.artifacts, settings.audit
+    return replace(
+        settings,
+        artifacts=replace(
+            artifacts,
+            registry=base / artifacts.registry,
+            trust_policy=base / artifacts.trust_policy,
+        ),
+        authorization=replace(
+            settings.authorization,
+            policies=tuple(base / path for path in settings.authorization.policies),
+        ),
+        audit=replace(audit, directory=base / audit.directory),
+    )

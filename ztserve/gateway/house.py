@@ -1,0 +1,29 @@
+"""What a connection needs of the gateway that it is one of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from ztserve.gateway.connection import Connection
+    from ztserve.gateway.head import Head
+    from ztserve.gateway.limits import Limits
+    from ztserve.gateway.places import Places
+    from ztserve.gateway.tls import Edge
+
+
+class House(Protocol):
+    """What all connections of one gateway share."""
+
+    edge: Edge
+    limits: Limits
+    places: Places
+    connections: set[Connection]
+
+    def answer(self, connection: Connection, head: Head) -> Coroutine[Any, Any, None]:
+        """Answer one request, whatever happens."""
+
+    def refused(self, cause: str) -> None:
+        """Count a connection that ended before there was a call."""
