@@ -7,7 +7,6 @@ caller, and shows every refusal with what the caller saw and what the audit says
 import argparse
 import importlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from examples.gateway_client import GatewayClient
-from ztserve import audit, config, identity
+from ztserve import config
 from ztserve.cli.init import initialise
 from ztserve.serving import cluster
 
@@ -90,7 +88,10 @@ def prepare(project: Path) -> config.Settings:
             toml.read_text()
             .replace("port = 7443", f"port = {_free_port()}")
             .replace("port = 8443", f"port = {_free_port()}")
-            .replace('"policies/developer.yaml"', '"policies/developer.yaml", "policies/chat.yaml"')
+            .replace(
+                '"policies/developer.yaml"',
+                '"policies/developer.yaml", "policies/chat.yaml"',
+            )
             .replace('["inference-service"]', '["inference-service", "chat"]')
         )
     config.default_environment(
@@ -130,7 +131,9 @@ def _train(settings: config.Settings, name: str) -> None:
 
     train = importlib.import_module(f"examples.training.{name}").train
     if name == "digits":
-        train = partial(train, network=importlib.import_module("examples.digits").network)
+        train = partial(
+            train, network=importlib.import_module("examples.digits").network
+        )
     released(settings, name, "1", train)
 
 
@@ -149,7 +152,7 @@ def serving(settings: config.Settings) -> Iterator[None]:
         for key, endpoints in cluster.replicas(settings):
             for endpoint in endpoints:
                 console.print(f"  {key} at {endpoint.address}")
-        gateway = subprocess.Popen(  # noqa: S603
+        gateway = subprocess.Popen(
             [sys.executable, "-m", "ztserve.cli", "gateway"],
             stdout=subprocess.DEVNULL,
         )
@@ -158,7 +161,9 @@ def serving(settings: config.Settings) -> Iterator[None]:
         except BaseException:
             gateway.kill()
             raise
-        console.print(f"  gateway at https://{settings.gateway.host}:{settings.gateway.port}")
+        console.print(
+            f"  gateway at https://{settings.gateway.host}:{settings.gateway.port}"
+        )
     try:
         yield
     finally:
@@ -204,7 +209,10 @@ def answered(client: GatewayClient, trained: float) -> bool:
     pixels, labels = held_back()
     start = time.perf_counter()
     scores = np.concatenate(
-        [client.predict("digits", pixels=rows)["probabilities"] for rows in _single(pixels)]
+        [
+            client.predict("digits", pixels=pixels[i : i + 1])["probabilities"]
+            for i in range(len(pixels))
+        ]
     )
     took = time.perf_counter() - start
     served = accuracy(scores, labels)
@@ -214,11 +222,6 @@ def answered(client: GatewayClient, trained: float) -> bool:
         f"{served:.4f}, trained {trained:.4f}"
     )
     return held
-
-
-def _single(pixels: Any) -> Iterator[Any]:
-    for at in range(len(pixels)):
-        yield pixels[at : at + 1]
 
 
 def streamed(client: GatewayClient) -> bool:
@@ -240,14 +243,16 @@ def streamed(client: GatewayClient) -> bool:
 
 def refused(settings: config.Settings) -> list[bool]:
     """Try every attack; show what the attacker saw and what the audit wrote."""
-    from examples.refusals import attempts
+    from examples.attempts import attempts
 
-    table = Table("", "attempt", "the caller saw", "the audit says")
+    table = Table("", "attempt", "the caller saw", "the audit says", show_lines=True)
     held = []
-    for title, saw, find in attempts(settings):
-        record = _await_record(settings, find)
-        held.append(bool(saw) and record is not None)
-        table.add_row(_mark(held[-1]), title, saw, record or "no record")
+    with console.status("trying"):
+        for refusal, record in attempts(settings, OPTIONS):
+            held.append(bool(refusal.saw and record))
+            table.add_row(
+                _mark(held[-1]), refusal.title, refusal.saw, record or "no record"
+            )
     console.print(table)
     return held
 

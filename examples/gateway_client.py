@@ -1,5 +1,6 @@
-"""A caller from outside: HTTPS with a client certificate, JSON of the Open Inference
-Protocol. Nothing here is ztserve's but the identity.
+"""A caller from outside, with nothing of ztserve's but the identity.
+
+It speaks HTTPS with a client certificate, and the Open Inference Protocol's JSON.
 """
 
 import json

@@ -11,11 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from examples.refusals.outcome import Refusal, refused
 from ztserve.artifacts import TrustPolicy, publish, verify_model
 from ztserve.errors import VerificationError
+
+Load: TypeAlias = Callable[[Path, str, Path], object]
+"""Loads a model by reference from a registry, as a trust policy's file allows."""
 
 _MODEL = "dev.ztserve.model."
 _TITLE = "org.opencontainers.image.title"
@@ -23,12 +26,19 @@ _PICKLE = b"cos\nsystem\n(S'echo this is what a pickle may do'\ntR."
 """A pickle that runs a command in whoever loads it."""
 
 
-def tampered_weights(registry: Path, model: str, trust: TrustPolicy) -> Refusal:
+def verify(registry: Path, ref: str, trust: Path) -> object:
+    """Load as a replica does when it starts."""
+    return verify_model(registry, ref, TrustPolicy.load(trust))
+
+
+def tampered_weights(
+    registry: Path, model: str, trust: Path, load: Load = verify
+) -> Refusal:
     """Flip one bit of the weights: the smallest backdoor there is."""
     title = "tampered weights"
     with _copy(registry) as copy, refused(title, VerificationError) as told:
         copy.change(model, "production", _flip_a_bit)
-        verify_model(copy.root, f"{model}@production", trust)
+        load(copy.root, f"{model}@production", trust)
     return Refusal(title, told.saw, told.error)
 
 
@@ -41,27 +51,29 @@ def _flip_a_bit(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-def unsigned_model(registry: Path, model: str, trust: TrustPolicy) -> Refusal:
+def unsigned_model(
+    registry: Path, model: str, trust: Path, load: Load = verify
+) -> Refusal:
     """Take the signature away, in the hope that nobody asks for it."""
     title = "unsigned model"
     with _copy(registry) as copy, refused(title, VerificationError) as told:
         copy.drop(model, "production", "model.sig")
-        verify_model(copy.root, f"{model}@production", trust)
+        load(copy.root, f"{model}@production", trust)
     return Refusal(title, told.saw, told.error)
 
 
 def another_signed_model(
-    registry: Path, model: str, other: str, trust: TrustPolicy
+    registry: Path, model: str, other: str, trust: Path, load: Load = verify
 ) -> Refusal:
     """Answer the name `model` with `other`, every signature of which is good."""
     title = "another signed model under this name"
     with _copy(registry) as copy, refused(title, VerificationError) as told:
         copy.rename(other, model)
-        verify_model(copy.root, f"{model}@production", trust)
+        load(copy.root, f"{model}@production", trust)
     return Refusal(title, told.saw, told.error)
 
 
-def pickle(model: str) -> Refusal:
+def pickle(model: str, load: Load = verify) -> Refusal:
     """Have weights that are a program, and even have them signed and released.
 
     The signatures are right and the signers trusted: trainers make mistakes, too.
@@ -76,12 +88,15 @@ def pickle(model: str) -> Refusal:
         keys.mkdir(mode=0o700)
         (root / "model.pt").write_bytes(_PICKLE)
         trust = _signed_anyway(root, keys, model)
-        verify_model(root, f"{model}:1", trust)
+        load(root, f"{model}:1", trust)
     return Refusal(title, told.saw, told.error)
 
 
-def _signed_anyway(root: Path, keys: Path, model: str) -> TrustPolicy:
-    """Sign and release `root` by hand: `ztserve sign` would refuse to."""
+def _signed_anyway(root: Path, keys: Path, model: str) -> Path:
+    """Sign and release `root` by hand, as `ztserve sign` would refuse to.
+
+    Returns a trust policy that trusts these signatures.
+    """
     new = publish.new_key(
         keys / "careless.pem", name="careless", roles=["trainer", "deployer"]
     )
@@ -98,7 +113,7 @@ def _signed_anyway(root: Path, keys: Path, model: str) -> TrustPolicy:
     policy = keys / "trust.toml"
     policy.write_text("version = 1\n" + new.entry)
     policy.chmod(0o600)
-    return TrustPolicy.load(policy)
+    return policy
 
 
 # --- the attacker's registry ----------------------------------------------------

@@ -170,7 +170,7 @@ def project(tmp_path_factory, trained_digits, trained_chat):
         publish.sign_model(folder, signer, name=name)
         publish.release_model(folder, signer, name=name, version="1")
         publish.publish(folder, base / "registry", name=name, version="1")
-    return base / "registry", TrustPolicy.load(policy)
+    return base / "registry", policy
 
 
 def test_tampered_weights_are_refused(project):
@@ -221,12 +221,12 @@ def test_the_registry_that_is_attacked_is_a_copy(project):
     registry, trust = project
     for attack in (weights.tampered_weights, weights.unsigned_model):
         attack(registry, "digits", trust)
-    assert verify_model(registry, "digits@production", trust).version == "1"
+    assert weights.verify(registry, "digits@production", trust).version == "1"
 
 
 def test_tampering_in_place_breaks_that_version_and_no_other(project, tmp_path):
     registry, trust = project
     tamper(registry, "chat", "1")
     with pytest.raises(VerificationError, match=r"'model\.safetensors' was changed"):
-        verify_model(registry, "chat:1", trust)
-    assert verify_model(registry, "digits:1", trust).name == "digits"
+        weights.verify(registry, "chat:1", trust)
+    assert weights.verify(registry, "digits:1", trust).name == "digits"

@@ -1,34 +1,35 @@
 """What does a person type? One command, ``ztserve``, a verb a file."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
+from ztserve.cli.printing import printable
 from ztserve.errors import ZTServeError
 
-VERBS = (
-    "init",
-    "run",
-    "predict",
-    "status",
-    "gateway",
-    "key",
-    "sign",
-    "verify",
-    "publish",
-    "svid",
-    "agent",
-    "audit",
-    "config",
-)
+VERBS: Mapping[str, str] = {
+    "init": "write a commented ztserve.toml, development policies and keys",
+    "run": "serve module:app on a local Ray until Ctrl-C",
+    "predict": "call a deployment over mTLS and print the answer",
+    "status": "show what runs, and why something does not",
+    "gateway": "run the HTTPS gateway until Ctrl-C",
+    "key": "make a signing key",
+    "sign": "sign a model directory, as the trainer",
+    "verify": "verify a model as a replica would",
+    "publish": "release a signed model as name:version, and put it into the registry",
+    "svid": "write the developer's SVID, key and trust bundle to files",
+    "agent": "show or stop the embedded identity agent",
+    "audit": "show the audit log, or verify that it is self-consistent",
+    "config": "show each setting and where it came from",
+}
+"""Each verb is the module of its name."""
 
 
 class Verb(Protocol):
-    """What each module of this room offers."""
-
-    HELP: str
+    """What each module of a verb offers."""
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the verb's arguments."""
@@ -39,23 +40,38 @@ class Verb(Protocol):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; a refusal is one sentence on stderr and exit code 2."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = _parser(words).parse_args(words)
+    try:
+        code = int(chosen.run(chosen))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has gone: nothing may be flushed to it at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ZTServeError, OSError) as error:
+        print(printable(f"ztserve {chosen.verb}: {error}"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser that knows all verbs, and the arguments of the one asked for.
+
+    Only that verb's module is imported, with the rooms that it needs.
+    """
     parser = argparse.ArgumentParser(
         prog="ztserve",
         description="Signed models, served to verified callers only.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for name in VERBS:
-        verb = cast("Verb", import_module(f"ztserve.cli.{name}"))
-        below = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
-        verb.arguments(below)
-        below.set_defaults(run=verb.run)
-    chosen = parser.parse_args(arguments)
-    try:
-        return int(chosen.run(chosen))
-    except ZTServeError as error:
-        print(f"ztserve {chosen.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 141
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name, sentence in VERBS.items():
+        below = verbs.add_parser(name, help=sentence, description=sentence)
+        if name == asked:
+            verb = cast("Verb", import_module(f"ztserve.cli.{name}"))
+            verb.arguments(below)
+            below.set_defaults(run=verb.run)
+    return parser

@@ -5,8 +5,6 @@ import argparse
 from ztserve import config, identity
 from ztserve.cli import show
 
-HELP = "show or stop the embedded identity agent"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

@@ -5,8 +5,6 @@ import argparse
 from ztserve import config
 from ztserve.cli import show
 
-HELP = "show each setting and where it came from"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

@@ -9,7 +9,6 @@ from ztserve.errors import ConfigError
 from ztserve.gateway import Gateway
 from ztserve.types import operations
 
-HELP = "run the HTTPS gateway until Ctrl-C"
 GRACE_S = 5.0
 
 
@@ -38,7 +37,9 @@ def run(chosen: argparse.Namespace) -> int:
                 namespace=where.namespace,
                 operations=operations("*").values(),
             ),
-            deployments={name: client(settings, source, name) for name in where.deployments},
+            deployments={
+                name: client(settings, source, name) for name in where.deployments
+            },
             log=log,
             address=(where.host, chosen.port or where.port),
         )

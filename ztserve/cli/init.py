@@ -1,16 +1,16 @@
 """``ztserve init``: a project that works, in seconds and without secrets in sight."""
 
 import argparse
+import json
 import os
 from importlib.resources import files
 from pathlib import Path
 
 from ztserve import config
 from ztserve.artifacts import Role, publish
+from ztserve.errors import ConfigError
 
 ROLES: tuple[Role, ...] = ("trainer", "deployer")
-
-HELP = "write a commented ztserve.toml, development policies, keys, an empty registry"
 
 _TEMPLATES = {
     "ztserve.toml": config.FILE,
@@ -34,18 +34,16 @@ def run(chosen: argparse.Namespace) -> int:
 def initialise(folder: Path) -> list[Path]:
     """Make `folder` a project: what exists is kept, what lacks is written.
 
-    Raises ConfigError where keys exist that no trust policy names.
+    Raises ConfigError where keys exist that no trust policy names, or a configuration
+    for production lacks its trust policy.
     """
     written = []
     for template, name in _TEMPLATES.items():
         path = folder / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(
-                files("ztserve.cli").joinpath("templates", template).read_bytes()
-            )
-            # Whoever may write here decides who may call.
-            path.chmod(0o644)
+        # Whoever may write here decides who may call, so others never may.
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        text = files("ztserve.cli").joinpath("templates", template).read_bytes()
+        if _create(path, text):
             written.append(path)
     settings = config.load(folder / config.FILE)
     return written + _keys_and_trust(settings)
@@ -56,9 +54,15 @@ def _keys_and_trust(settings: config.Settings) -> list[Path]:
     trust = settings.artifacts.trust_policy
     if trust.exists():
         return []
+    if settings.profile == "production":
+        raise ConfigError(
+            f"{trust}: production lacks its trust policy, and init makes development "
+            "keys only; run `ztserve key new` where each key is to stay"
+        )
     folder = settings.state / "keys"
     for private in (settings.state, folder):
         private.mkdir(mode=0o700, exist_ok=True)
+    _create(settings.state / ".gitignore", b"*\n")  # keys belong into no repository
     keys = [
         publish.new_key(
             folder / f"{role}.pem", name=f"development {role}", roles=[role]
@@ -68,7 +72,19 @@ def _keys_and_trust(settings: config.Settings) -> list[Path]:
     text = "# Whose signatures count, and as what.\nversion = 1\n"
     for key in keys:
         beside = os.path.relpath(key.public, trust.parent)
-        text += "\n" + key.entry.replace(key.public.name, beside)
-    trust.write_text(text)
-    trust.chmod(0o644)
+        text += "\n" + key.entry.replace(
+            json.dumps(key.public.name), json.dumps(beside)
+        )
+    _create(trust, text.encode())
     return [key.private for key in keys] + [trust]
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Write a file that others may read at most; False where there is one already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    return True

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from ztserve.artifacts import publish
 
-HELP = "make a signing key"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

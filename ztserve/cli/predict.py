@@ -2,16 +2,16 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from ztserve import config, transport
+from ztserve import config, identity, transport
 from ztserve.cli import show
+from ztserve.cli.printing import printable
 from ztserve.errors import InvalidInput
-from ztserve.identity import WorkloadSource
 
-HELP = "call a deployment over mTLS and print the answer"
 MAX_INPUT_BYTES = 64 * 1024 * 1024
 
 
@@ -23,27 +23,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input: a text, a JSON list, or @file.json",
+        help="an input: a text, a JSON list, or @file of either",
     )
     parser.add_argument(
         "--example", action="store_true", help="send an input made of zeros"
     )
     parser.add_argument("--stream", action="store_true", help="print piece by piece")
-    parser.add_argument("--timeout-s", type=float, default=30.0)
+    parser.add_argument("--timeout-s", type=_seconds, default=30.0)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Call, and print who asked and what came back."""
+    identity.harden_process()
     settings = config.load()
-    source = config.obtain_identity(settings)
-    with transport.Client(
-        target(settings, chosen.deployment),
-        source=source,
-        directory=f"{settings.directory.host}:{settings.directory.port}",
-        directory_id=settings.directory_id,
-    ) as client:
-        inputs = parsed(chosen.input)
+    inputs = parsed(chosen.input)
+    with (
+        config.obtain_identity(settings) as source,
+        transport.Client(
+            target(settings, chosen.deployment),
+            source=source,
+            directory=f"{settings.directory.host}:{settings.directory.port}",
+            directory_id=settings.directory_id,
+        ) as client,
+    ):
         if chosen.example:
             inputs = {**client.example(), **inputs}
         print(f"as {source.current().svid.id}", file=sys.stderr)
@@ -54,7 +57,6 @@ def run(chosen: argparse.Namespace) -> int:
         else:
             answer = client.infer(inputs, timeout_s=chosen.timeout_s)
             show.as_json({name: plain(value) for name, value in answer.items()})
-    close(source)
     return 0
 
 
@@ -73,9 +75,8 @@ def parsed(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise InvalidInput(f"--input {pair}: expected name=value")
         if value.startswith("@"):
-            with Path(value[1:]).open("rb") as file:
-                value = file.read(MAX_INPUT_BYTES).decode()
-        inputs[name] = _json_or_text(value)
+            value = _read(Path(value[1:]))
+        inputs[name] = _list_or_text(value)
     return inputs
 
 
@@ -84,16 +85,30 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def close(source: WorkloadSource) -> None:
-    """Give the identity up."""
-    source.close()
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return seconds
 
 
-def _json_or_text(value: str) -> Any:
-    if value[:1] in "[-0123456789":
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(MAX_INPUT_BYTES + 1)
+    if len(data) > MAX_INPUT_BYTES:
+        raise InvalidInput(f"{path}: larger than {MAX_INPUT_BYTES} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: not UTF-8 at byte {error.start}") from error
+
+
+def _list_or_text(value: str) -> Any:
+    # A number alone is a text: no tensor is without its batch axis.
+    if value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             return value
     return value
 
@@ -103,4 +118,4 @@ def _print_piece(piece: dict[str, Any], *, as_json: bool) -> None:
     if as_json or not texts:
         print(json.dumps({name: plain(value) for name, value in piece.items()}))
     else:
-        print("".join(texts), end="", flush=True)
+        print(printable("".join(texts)), end="", flush=True)

@@ -8,8 +8,6 @@ from ztserve.artifacts import TrustPolicy, publish, verify_model
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
 
-HELP = "release a signed model as name:version, and put it into the registry"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

@@ -12,8 +12,6 @@ from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.serving.cluster import attached, deploy, replicas
 
-HELP = "serve module:app on a local Ray until Ctrl-C"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

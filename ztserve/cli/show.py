@@ -1,6 +1,4 @@
-"""How results look: tables and colours for a person, plain text in a pipe, JSON on
-request.
-"""
+"""How results look: tables for a person, plain text in a pipe, JSON on request."""
 
 import json
 import sys
@@ -9,23 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-
-def console() -> Console:
-    """Return a console that is wide and plain where stdout is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+from ztserve.cli.printing import printable
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; in a pipe, its cells separated by tabs."""
     if not sys.stdout.isatty():
         for row in rows:
-            print("\t".join(str(cell) for cell in row))
+            print("\t".join(printable(str(cell)) for cell in row))
         return
     drawn = Table(*heads, title=title or None, title_justify="left")
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
-    console().print(drawn)
+        # As Text: what stands in brackets is no markup.
+        drawn.add_row(*(Text(printable(str(cell))) for cell in row))
+    Console(highlight=False).print(drawn)
 
 
 def as_json(value: Any) -> None:

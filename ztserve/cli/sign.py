@@ -6,8 +6,6 @@ from pathlib import Path
 from ztserve import config
 from ztserve.artifacts import publish
 
-HELP = "sign a model directory, as the trainer"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

@@ -7,8 +7,6 @@ from ztserve import config
 from ztserve.cli import show
 from ztserve.serving.cluster import attached, replicas, statuses
 
-HELP = "show what runs, and why something does not"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

@@ -9,8 +9,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from ztserve import config, identity
 
-HELP = "write the developer's SVID, key and trust bundle to files"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
@@ -23,24 +21,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Write svid.pem, key.pem (0600) and bundle.pem; print the target name."""
+    identity.harden_process()
     settings = config.load()
-    source = config.obtain_identity(settings)
-    svid, bundles = (current := source.current()).svid, current.bundles
+    namespace, _, service = chosen.server.rpartition("/")
+    server = settings.spiffe_id(service, namespace or None)
+    with config.obtain_identity(settings) as source:
+        current = source.current()
+    svid = current.svid
     chosen.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    roots = bundles[svid.id.trust_domain]
     for name, text in (
         ("svid.pem", svid.chain_pem()),
         ("key.pem", svid.key_pem()),
-        ("bundle.pem", b"".join(_pem(root) for root in roots)),
+        ("bundle.pem", b"".join(map(_pem, current.bundles[svid.id.trust_domain]))),
     ):
         _write_private(chosen.folder / name, text)
         print(chosen.folder / name)
-    namespace, _, service = chosen.server.rpartition("/")
-    server = settings.spiffe_id(service, namespace or None)
     print(f"identity              {svid.id}, until {svid.not_after:%Y-%m-%d %H:%M} UTC")
     print(f"server                {server}")
     print(f"ssl_target_name_override  {identity.dns_name(server)}")
-    source.close()
     return 0
 
 
@@ -49,7 +47,8 @@ def _pem(der: bytes) -> bytes:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    # Anew: whoever has the older file open must not read what is written now.
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
         file.write(data)

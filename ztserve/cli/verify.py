@@ -7,8 +7,6 @@ from ztserve import config
 from ztserve.artifacts import TrustPolicy, verify_model
 from ztserve.cli import show
 
-HELP = "verify a model as a replica would"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""

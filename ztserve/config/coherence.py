@@ -38,8 +38,8 @@ def _check_names(settings: Settings) -> None:
     for where, name in named:
         if not _LABEL.match(name):
             raise ConfigError(
-                f"{where}: {name!r} is not a Kubernetes-style name: lower case letters, "
-                "digits and dashes, at most 63"
+                f"{where}: {name!r} is not a Kubernetes-style name: at most 63 lower "
+                "case letters, digits and dashes"
             )
 
 

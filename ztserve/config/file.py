@@ -137,7 +137,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
             )
         return value
     if origin is Annotated:
-        return _number(value, *parameters, where)
+        return _number(value, parameters[0], parameters[1], where)
     if origin is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, got {value!r}")

@@ -8,7 +8,7 @@ from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.config import environment
 from ztserve.config.settings import Settings
-from ztserve.errors import ConfigError
+from ztserve.errors import ConfigError, IdentityError
 from ztserve.types import Operation
 
 
@@ -19,12 +19,15 @@ def obtain_identity(
 
     With the embedded agent, `spiffe_id` is registered for this process first; None
     means the identity that the agent gives to an unregistered process of this user.
-    Waits, bounded, for an agent that is away; raises IdentityError then.
+    Waits, bounded, for an agent that is away; raises IdentityError then, and where the
+    agent gives another identity than `spiffe_id`.
     """
     wait_s = settings.identity.wait_s
     named = environment.endpoint_socket()
     if named is not None:
-        return identity.WorkloadSource(named, timeout_s=wait_s)
+        source = identity.WorkloadSource(named, timeout_s=wait_s)
+        _check_ours(source, spiffe_id)
+        return source
     if settings.profile == "production":
         raise ConfigError(
             "profile production needs the node's SPIFFE agent: set "
@@ -34,6 +37,18 @@ def obtain_identity(
     if spiffe_id is not None:
         identity.register(identity.admin_path(folder), spiffe_id, timeout_s=wait_s)
     return identity.WorkloadSource(identity.workload_endpoint(folder), timeout_s=wait_s)
+
+
+def _check_ours(
+    source: identity.WorkloadSource, spiffe_id: identity.SpiffeId | None
+) -> None:
+    given = source.current().svid.id
+    if spiffe_id is not None and given != spiffe_id:
+        source.close()
+        raise IdentityError(
+            f"the SPIFFE agent at {source.socket} gives this process {given}, and it "
+            f"is to be {spiffe_id}: mend its registration entry"
+        )
 
 
 def agent_directory(settings: Settings) -> Path:

@@ -7,35 +7,21 @@ answers asks for it. What a client sends beyond that waits, bounded, unread.
 import asyncio
 import logging
 import time
-from enum import Enum, auto
 from typing import cast
 
 from ztserve.errors import CallError, Unavailable
 from ztserve.gateway import response
 from ztserve.gateway.head import Malformed, read_head
-from ztserve.gateway.house import House
+from ztserve.gateway.house import House, State
 from ztserve.gateway.inbox import Inbox
+from ztserve.gateway.outbox import MAX_WAITING, NEVER, Outbox
 from ztserve.gateway.tls import HandshakeRefused, Session
 
 _LOG = logging.getLogger(__name__)
 
 _PIECE = 64 * 1024
-_MAX_WAITING = 256 * 1024
-"""Bytes of the wire, in or out, that may wait before the other side is made to."""
 _LINGER_S = 1.0
 _MAX_LINGERING = 1 << 20
-_NEVER = float("inf")
-
-
-class State(Enum):
-    """What a connection is doing."""
-
-    HANDSHAKE = auto()
-    HEAD = auto()
-    BODY = auto()
-    ANSWER = auto()
-    ENDING = auto()
-    CLOSED = auto()
 
 
 class Connection(asyncio.Protocol):
@@ -50,14 +36,14 @@ class Connection(asyncio.Protocol):
         self._waiting = 0
         self._left = 0
         """Bytes of the present request's body that nobody has read."""
-        self._closes = False
         self._expects = False
+        self._closes = False
+        """One of both ends wants the connection closed after the present answer."""
         self._task: asyncio.Task[None] | None = None
         self._body: asyncio.Future[bytes] | None = None
-        self._writable: asyncio.Future[None] | None = None
-        self._expires = _NEVER
-        self.streaming = False
-        """A streamed answer has begun: its status can no longer be changed."""
+        self._expires = NEVER
+        self.out: Outbox
+        """How whoever answers does so."""
         self.address, self.port = "", 0
         self.closed: asyncio.Future[None]
         """Done when the connection is lost."""
@@ -79,7 +65,7 @@ class Connection(asyncio.Protocol):
             return
         self._session = session
         self.closed = asyncio.get_running_loop().create_future()
-        self._transport.set_write_buffer_limits(high=_MAX_WAITING)
+        self.out = Outbox(self._transport, session, house.limits.write_s)
         house.connections.add(self)
         self._expire(house.limits.handshake_s)
 
@@ -93,12 +79,11 @@ class Connection(asyncio.Protocol):
         try:
             self._session.receive(data)
         except HandshakeRefused as refused:
-            self._transport.write(self._session.outgoing())
+            self.out.flush()
             self._house.refused(refused.args[0])
             self._end(linger=False)
             return
-        if sent := self._session.outgoing():
-            self._transport.write(sent)
+        self.out.flush()
         if self._state is State.HANDSHAKE and self._session.established:
             self._state = State.HEAD
             self._expire(self._house.limits.header_s)
@@ -122,24 +107,24 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
 
     def pause_writing(self) -> None:
-        """Have writers wait: the client does not take what it is sent."""
-        self._writable = asyncio.get_running_loop().create_future()
+        """Have whoever answers wait: the client does not take what it is sent."""
+        if self._state is not State.CLOSED:
+            self.out.pause()
 
     def resume_writing(self) -> None:
-        """Let writers go on."""
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
+        """Let whoever answers go on."""
+        if self._state is not State.CLOSED:
+            self.out.resume()
 
     # --- what the gateway tells -------------------------------------------------
 
     def look(self, now: float) -> None:
         """End what has taken too long."""
-        if now < self._expires:
+        if now < min(self._expires, self.out.expires):
             return
         refused = self._house.refused
         if self._state is State.BODY and self._body is not None:
-            self._expires = _NEVER
+            self._expires = NEVER
             if not self._body.done():
                 self._body.set_exception(Malformed(408, "the body took too long"))
         elif self._state is State.HEAD and self._inbox:
@@ -166,10 +151,12 @@ class Connection(asyncio.Protocol):
     def finish(self) -> None:
         """Close after the present answer; at once if there is none."""
         self._closes = True
+        if self._state is State.HANDSHAKE:
+            self._transport.abort()
+            return
+        self.out.closes = True
         if self._state is State.HEAD:
             self._end(linger=False)
-        elif self._state is State.HANDSHAKE:
-            self._transport.abort()
 
     def abort(self) -> None:
         """Close now."""
@@ -190,7 +177,7 @@ class Connection(asyncio.Protocol):
     async def body(self) -> bytes:
         """Return the body of the present request. Raises Malformed if it is late."""
         if self._expects and len(self._inbox) < self._left:
-            self._write(response.CONTINUE)
+            self.out.write(response.CONTINUE)
         self._state = State.BODY
         self._body = asyncio.get_running_loop().create_future()
         self._expire(self._house.limits.body_s)
@@ -198,50 +185,9 @@ class Connection(asyncio.Protocol):
         try:
             return await self._body
         finally:
-            self._body = None
-            self._expires = _NEVER
-
-    async def reply(
-        self, status: int, body: bytes, call_id: str = "", *, closes: bool = False
-    ) -> None:
-        """Send a whole answer; `closes`: nothing can follow it."""
-        self._closes = self._closing() or closes
-        await self._send(
-            response.whole(status, body, closes=self._closes, call_id=call_id)
-        )
-
-    async def event(self, event: bytes, call_id: str) -> None:
-        """Send one event of a streamed answer; the first one begins it."""
-        await self._send(self._begun(call_id) + response.chunk(event))
-
-    async def last_event(self, call_id: str) -> None:
-        """End a streamed answer."""
-        rest = self._begun(call_id) + response.LAST_CHUNK
-        self.streaming = False
-        await self._send(rest)
-
-    def _begun(self, call_id: str) -> bytes:
-        if self.streaming:
-            return b""
-        self.streaming = True
-        kind, closes = response.EVENTS, self._closing()
-        return response.head(200, kind, length=None, closes=closes, call_id=call_id)
-
-    def _closing(self) -> bool:
-        # A body that nobody wanted is never read, so nothing can follow it.
-        self._closes = self._closes or self._left > 0
-        return self._closes
-
-    async def _send(self, data: bytes) -> None:
-        for at in range(0, len(data), _MAX_WAITING):
-            self._write(data[at : at + _MAX_WAITING])
-            if self._writable is not None:
-                self._expire(self._house.limits.write_s)
-                await self._writable
-                self._expires = _NEVER
-
-    def _write(self, data: bytes) -> None:
-        self._transport.write(self._session.write(data))
+            self._body, self._expires = None, NEVER
+            if self._state is State.BODY:  # it did not come
+                self._state, self.out.closes = State.ANSWER, True
 
     # --- reading ----------------------------------------------------------------
 
@@ -261,7 +207,7 @@ class Connection(asyncio.Protocol):
             if self._state is State.HEAD and not self._inbox:
                 self._expire(self._house.limits.header_s)
             self._inbox.add(piece)
-        if self._waiting > _MAX_WAITING and self._state is State.ANSWER:
+        if self._waiting > MAX_WAITING and self._state is State.ANSWER:
             self._transport.pause_reading()
 
     def _advance(self) -> bool:
@@ -282,7 +228,7 @@ class Connection(asyncio.Protocol):
         body = self._inbox.body(self._left)
         if body is None:
             return False
-        self._left, self._state = 0, State.ANSWER
+        self._left, self._state, self.out.closes = 0, State.ANSWER, self._closes
         if self._body is not None and not self._body.done():
             self._body.set_result(body)
         return True
@@ -298,21 +244,24 @@ class Connection(asyncio.Protocol):
         except Malformed as malformed:
             self._refuse(malformed)
             return
-        self._state, self._expires = State.ANSWER, _NEVER
+        self._state, self._expires = State.ANSWER, NEVER
         self._left, self._expects = head.length, head.expects
+        # A body that nobody takes is never read, so nothing can follow it.
         self._closes = self._closes or head.closes
+        self.out.closes = self._closes or head.length > 0
         answer = self._house.answer(self, head)
         self._task = asyncio.get_running_loop().create_task(answer)
         self._task.add_done_callback(self._answered)
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        failed = task.cancelled() or task.exception() is not None
-        if failed or self._state is not State.ANSWER or self.streaming:
-            if not task.cancelled() and task.exception() is not None:
-                _LOG.error("a request was not answered", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _LOG.error("a request was not answered", exc_info=error)
+        whole = self._state is State.ANSWER and not self.out.streaming
+        if task.cancelled() or error is not None or not whole:
             self._transport.abort()
-        elif self._closes:
+        elif self.out.closes:
             self._end(linger=True)
         else:
             self._state = State.HEAD
@@ -325,7 +274,7 @@ class Connection(asyncio.Protocol):
         """Say what is wrong with the request, and close: nothing after it is safe."""
         self._house.refused(f"HTTP {malformed.status}")
         body = response.told(malformed.public)
-        self._write(response.whole(malformed.status, body, closes=True))
+        self.out.write(response.whole(malformed.status, body, closes=True))
         self._end(linger=True)
 
     def _end(self, *, linger: bool) -> None:
@@ -334,12 +283,12 @@ class Connection(asyncio.Protocol):
         A socket that is closed over unread bytes takes back what it has sent.
         """
         self._state = State.ENDING
+        self._expire(_LINGER_S)
         self._transport.write(self._session.close())
         if not linger:
             self._transport.close()
             return
         self._waiting = 0
-        self._expire(_LINGER_S)
         try:
             self._transport.write_eof()
             self._transport.resume_reading()

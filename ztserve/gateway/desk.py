@@ -17,6 +17,7 @@ from ztserve.gateway import response
 from ztserve.gateway.connection import Connection
 from ztserve.gateway.head import Head, Malformed
 from ztserve.gateway.limits import Limits
+from ztserve.gateway.outbox import Outbox
 from ztserve.gateway.places import Places
 from ztserve.gateway.routes import LIVE, Routes
 from ztserve.gateway.tls import Edge
@@ -55,14 +56,14 @@ class Desk:
         """Answer one request, whatever happens."""
         if (head.method, head.path) == ("GET", LIVE):
             # Who shows no certificate has nothing else to ask for here.
-            nobody = not connection.chain
-            await connection.reply(200, b'{"live": true}', closes=nobody)
+            connection.out.closes |= not connection.chain
+            await connection.out.reply(200, b'{"live": true}')
             return
         visit = Visit(self, connection, head, os.urandom(16).hex())
         try:
             await visit.walk()
         except Exception as error:  # noqa: BLE001 - told to the client and the log
-            await self._tell(connection, error, visit.id)
+            await self._tell(connection.out, error, visit.id)
 
     def refused(self, cause: str) -> None:
         """Count a connection or request that ended before there was a call."""
@@ -79,9 +80,7 @@ class Desk:
                 _LOG.error("refusals are not in the audit: %s", error)
                 self._refused[cause] += count
 
-    async def _tell(
-        self, connection: Connection, error: Exception, call_id: str
-    ) -> None:
+    async def _tell(self, out: Outbox, error: Exception, call_id: str) -> None:
         if isinstance(error, CallError):
             sentence = error.public
         else:
@@ -90,10 +89,10 @@ class Desk:
             unexpected = None if isinstance(error, ZTServeError) else error
             _LOG.error("call %s failed: %s", call_id, error, exc_info=unexpected)
         body = response.told(sentence, call_id)
-        if connection.streaming:
-            await connection.event(response.event(body, "error"), call_id)
-            await connection.last_event(call_id)
+        if out.streaming:
+            await out.event(response.event(body, "error"), call_id)
+            await out.last_event(call_id)
             return
         status = error.status if isinstance(error, Malformed) else http_status(error)
-        closes = isinstance(error, Malformed | Unauthenticated)
-        await connection.reply(status, body, call_id, closes=closes)
+        out.closes |= isinstance(error, Malformed | Unauthenticated)
+        await out.reply(status, body, call_id)

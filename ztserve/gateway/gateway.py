@@ -22,7 +22,6 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK_S = 0.25
 _TELL_S = 1.0
-_LEARN_S = 5.0
 _BACKLOG = 256
 
 
@@ -101,14 +100,14 @@ class Gateway:
             runner.run(self._serve(desk, listening))
 
     async def _serve(self, desk: Desk, listening: socket.socket) -> None:
-        # What each deployment serves is learnt first: callers name models.
-        asked = [one.ready(timeout_s=_LEARN_S) for one in desk.routes.all()]
-        await asyncio.gather(*asked, return_exceptions=True)
         server = await self._loop.create_server(
             lambda: Connection(desk), sock=listening, backlog=_BACKLOG
         )
         watch = self._loop.create_task(_watch(desk))
         try:
+            # Where one cannot begin now, its first call says why.
+            beginning = [one.start() for one in self._routes.all()]
+            await asyncio.gather(*beginning, return_exceptions=True)
             await self._ending.wait()
         finally:
             server.close()

@@ -1,7 +1,8 @@
-"""What a connection needs of the gateway that it is one of."""
+"""What a connection and the gateway that it is one of know of each other."""
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
     from ztserve.gateway.limits import Limits
     from ztserve.gateway.places import Places
     from ztserve.gateway.tls import Edge
+
+
+class State(Enum):
+    """What a connection is doing."""
+
+    HANDSHAKE = auto()
+    HEAD = auto()
+    BODY = auto()
+    ANSWER = auto()
+    ENDING = auto()
+    CLOSED = auto()
 
 
 class House(Protocol):

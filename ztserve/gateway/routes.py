@@ -1,17 +1,21 @@
 """Which deployment a request is for, and what the request is called in policies."""
 
+import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from ztserve.errors import ConfigError, InvalidInput, NotFound
+from ztserve.errors import ConfigError, InvalidInput, NotFound, Unavailable
 from ztserve.gateway.head import Head
 from ztserve.types import Caller, Operation, Request, Tensor, operations
 
 LIVE = "/v2/health/live"
 READY = "/v2/health/ready"
+KNOWN_S = 2.0
+"""How long a request waits for the directory's first word about a model."""
 _BY_BODY = {"/v1/predict": "ModelInfer", "/v1/stream": "ModelStreamInfer"}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BY_PATH = re.compile(r"/v2/models/([A-Za-z0-9._-]{1,128})/(infer|stream)")
@@ -24,6 +28,9 @@ class Deployment(Protocol):
     @property
     def model(self) -> str:
         """The name of the model that it serves; empty while that is not known."""
+
+    async def start(self) -> None:
+        """Begin to look for replicas, and for the name of their model."""
 
     async def ready(self, *, timeout_s: float | None = None) -> bool:
         """Return whether the deployment says that it is ready."""
@@ -103,10 +110,22 @@ class Routes:
         one, *others = self._deployments.values()
         return None if others else one
 
+    async def known(self, model: str) -> Deployment:
+        """Return what `find` does; wait a moment for what is not known yet."""
+        ends = time.monotonic() + KNOWN_S
+        while True:
+            try:
+                return self.find(model)
+            except Unavailable:
+                if time.monotonic() > ends:
+                    raise
+            await asyncio.sleep(0.05)
+
     def find(self, model: str) -> Deployment:
         """Return the deployment that `model` means; empty: the sole one.
 
-        Raises NotFound, and InvalidInput where nothing is named and several are there.
+        Raises NotFound, Unavailable where that cannot be told yet, and InvalidInput
+        where nothing is named and several are there.
         """
         sole = self.sole
         if not model:
@@ -118,7 +137,10 @@ class Routes:
         for one in self._deployments.values():
             if one.model == model:
                 return one
-        if sole is not None and not sole.model and _NAME.fullmatch(model):
-            # What it serves is not known yet; it refuses another model itself.
-            return sole
-        raise NotFound(f"there is no model {model!r} here")
+        unknown = not all(one.model for one in self._deployments.values())
+        if not unknown or not _NAME.fullmatch(model):
+            raise NotFound(f"there is no model {model!r} here")
+        if sole is None:
+            raise Unavailable("what is served here is not known yet; try again")
+        # Whoever serves another model refuses this one itself.
+        return sole

@@ -70,9 +70,9 @@ class Visit:
                     status, answer = 200, await self._forward(call, record)
             record.described()
         if answer:
-            await self._connection.reply(status, answer, self.id)
+            await self._connection.out.reply(status, answer, self.id)
         else:
-            await self._connection.last_event(self.id)
+            await self._connection.out.last_event(self.id)
 
     # --- who, and may they --------------------------------------------------------
 
@@ -136,7 +136,7 @@ class Visit:
         in_path = self._wanted.model
         if in_path and request.model not in ("", in_path):
             raise InvalidInput("model_name is another one than the path has")
-        deployment = self._desk.routes.find(in_path or request.model)
+        deployment = await self._desk.routes.known(in_path or request.model)
         # By its own name, whatever name it was called by.
         model = deployment.model or in_path or request.model
         known = operation(self._wanted.method, model)
@@ -168,7 +168,7 @@ class Visit:
                 # Before the first piece leaves, the audit knows of it.
                 record.released(None, last=False)
                 record.bytes_out += len(piece)
-                await self._connection.event(response.event(piece), self.id)
+                await self._connection.out.event(response.event(piece), self.id)
         record.stage("forwarding")
         return b""
 

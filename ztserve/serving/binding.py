@@ -59,13 +59,11 @@ class Bindable:
     def bind(self, *args: Any, **kwargs: Any) -> ray_private.Application:
         """Return the application.
 
-        Raises ConfigError for a class without inputs or outputs, for options that do
-        not fit, and for plain Ray applications among the arguments.
+        Raises ConfigError for a class without predict, for options that do not fit,
+        and for plain Ray applications among the arguments.
         """
-        if not self._cls.inputs or not self._cls.outputs:
-            raise ConfigError(
-                f"class {self._cls.__name__}: declare inputs and outputs before bind"
-            )
+        if not hasattr(self._cls, "predict"):
+            raise ConfigError(f"class {self._cls.__name__} has no predict to be bound")
         settings = config.load()
         options = {**_DEFAULTS, "name": self._cls.__name__, **self._options}
         plan = Plan(
@@ -81,12 +79,13 @@ class Bindable:
             {"_ztserve_deployment": self._cls, "__doc__": self._cls.__doc__},
         )
         namespace = settings.identity.namespace
-        deployment = serve.deployment(shell).options(**options)
-        return deployment.bind(
+        deployment: Any = serve.deployment(shell)
+        application: ray_private.Application = deployment.options(**options).bind(
             plan,
             tuple(_argument(value, namespace) for value in args),
             {name: _argument(value, namespace) for name, value in kwargs.items()},
         )
+        return application
 
 
 def _models(

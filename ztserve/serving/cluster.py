@@ -1,5 +1,6 @@
 """A Ray cluster to serve on: started here, or attached to; deploy, status, shutdown."""
 
+import logging
 import os
 import re
 import sys
@@ -48,13 +49,14 @@ def attached(
 
     settings = config.load()
     started = address is None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address=address,
         namespace="serve",
         num_cpus=num_cpus if started else None,
         include_dashboard=False if started else None,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         # Replicas import the user's module from where this process found it.
         runtime_env={
             "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -68,9 +70,10 @@ def attached(
         yield
     finally:
         if started:
-            # First what watches Serve: it would ask on while Serve goes away.
+            for name in list(serve.status().applications):
+                serve.delete(name)
+            # Before Serve: what follows it would ask on while it goes away.
             end(settings)
-            serve.shutdown()
         ray.shutdown()
 
 

@@ -4,8 +4,6 @@ The inner edge is an edge like any other: it needs its own policy, and the calle
 judges this deployment's identity and the caller that it acts for.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ztserve import config
@@ -71,9 +71,8 @@ class ZTDeployment:
     def load(self, model: Any) -> Any:
         """Take the verified weights; called once, before the first call."""
 
-    def predict(self, **inputs: Any) -> Any:
-        """Answer: override it with the declared inputs as parameters."""
-        raise NotImplementedError
+    predict: Callable[..., Any]
+    """Answers: define it with the declared inputs as parameters."""
 
     @property
     def call(self) -> Call:
@@ -119,7 +118,7 @@ def _check(cls: type[ZTDeployment]) -> None:
         )
     for kind, specs in (("inputs", cls.inputs), ("outputs", cls.outputs)):
         _check_specs(here + kind, specs)
-    if "predict" in vars(cls) or cls.predict is not ZTDeployment.predict:
+    if hasattr(cls, "predict"):
         _check_predict(cls, here)
     if cls.batch is not None and not all(
         isinstance(spec, TensorSpec) for spec in cls.inputs + cls.outputs

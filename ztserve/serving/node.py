@@ -6,23 +6,18 @@ them, they outlive replicas and applications, and they end with the cluster (or 
 none is created.
 """
 
-import asyncio
 import hashlib
-import os
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ztserve import config, identity, transport
+from ztserve import config, identity
 from ztserve.config import Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.serving import ray_private
-from ztserve.types import Call
+from ztserve.serving.actors import AgentActor, DirectoryActor, Endpoints
 
 NAMESPACE = "ztserve"
 START_S = 60.0
@@ -70,14 +65,15 @@ def join(settings: Settings, *, service: str, app: str, deployment: str) -> Memb
 
 
 def check_cluster(settings: Settings) -> None:
-    """Refuse a cluster in which anybody may run code, or which development is not for."""
+    """Refuse a cluster where anybody may run code, or that development is not for."""
     if not ray_private.is_token_auth_enabled():
         raise ConfigError(
             "this Ray cluster runs without authentication, so that whoever reaches a "
             "port of it can run code in every replica; start it, and every shell that "
             "uses it, with: export RAY_AUTH_MODE=token"
         )
-    if settings.profile == "development" and len(ray.nodes()) > 1:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if settings.profile == "development" and len(nodes) > 1:
         raise ConfigError(
             "profile development is for one node, and this cluster has several; set "
             'profile = "production" and run a SPIFFE agent on each node'
@@ -93,25 +89,29 @@ def ensure_agent(settings: Settings) -> None:
 
 def directory_listing(
     settings: Settings,
-) -> dict[str, tuple[transport.Endpoint, ...]]:
-    """Return where the replicas are, by namespace/service; empty without a directory."""
-    for name in ray.util.list_named_actors(all_namespaces=True):
-        if name["name"].startswith(f"ztserve-directory-{_project(settings)}-"):
-            actor = ray.get_actor(name["name"], namespace=NAMESPACE)
-            found: dict[str, tuple[transport.Endpoint, ...]] = _ask(
-                actor.listing.remote(), "the directory"
-            )
-            return found
+) -> dict[str, Endpoints]:
+    """Return where replicas are, by namespace/service; empty without a directory."""
+    for actor in _running(settings, "directory"):
+        found: dict[str, Endpoints] = _ask(actor.listing.remote(), "the directory")
+        return found
     return {}
 
 
 def end(settings: Settings) -> None:
     """End the directory and the agent of this project, with the cluster they are on."""
     for kind in ("directory", "agent"):
-        for name in ray.util.list_named_actors(all_namespaces=True):
-            if name["name"].startswith(f"ztserve-{kind}-{_project(settings)}-"):
-                actor = ray.get_actor(name["name"], namespace=NAMESPACE)
-                ray.kill(actor, no_restart=True)
+        for actor in _running(settings, kind):
+            ray.kill(actor, no_restart=True)
+
+
+def _running(settings: Settings, kind: str) -> list[Any]:
+    """Return this project's actors of one kind, on whatever node."""
+    prefix = f"ztserve-{kind}-{_project(settings)}-"
+    return [
+        ray.get_actor(known["name"], namespace=NAMESPACE)
+        for known in ray.util.list_named_actors(all_namespaces=True)
+        if isinstance(known, dict) and known["name"].startswith(prefix)
+    ]
 
 
 def _project(settings: Settings) -> str:
@@ -143,128 +143,3 @@ def _get_or_create(cls: type, kind: str, settings: Settings) -> Any:
         )
         .remote(settings)
     )
-
-
-class AgentActor:
-    """The development authority and its Workload API front."""
-
-    def __init__(self, settings: Settings) -> None:
-        identity.harden_process()
-        authority = identity.Authority(settings.identity.trust_domain)
-        self._agent = identity.Agent(
-            authority,
-            config.agent_directory(settings),
-            identity.Rules(
-                trust_domain=settings.identity.trust_domain,
-                worker_namespaces=(settings.identity.namespace,),
-                worker_parent=os.getppid(),
-                worker_ids=(settings.directory_id,),
-                local_ids=(
-                    settings.gateway_id,
-                    settings.developer_id,
-                    # No policy names it: an identity to try refusals with.
-                    settings.spiffe_id("stranger", "dev"),
-                ),
-                default_id=settings.developer_id,
-            ),
-            ttl_s=settings.identity.svid_ttl_s,
-            on_stop=self._stop,
-        )
-        self._agent.start()
-
-    def is_up(self) -> bool:
-        """Answer once the agent listens."""
-        return True
-
-    def _stop(self) -> None:
-        self._agent.stop()
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-
-
-class DirectoryActor:
-    """The directory door: where the replicas are, for those who may ask.
-
-    Also keeps what each deploy resolved its aliases to.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        identity.harden_process()
-        self._settings = settings
-        self._pins: dict[str, str] = {}
-        self._targets: dict[str, tuple[transport.Endpoint, ...]] = {}
-        self._followed: dict[str, Any] = {}
-        self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._source = config.obtain_identity(settings, settings.directory_id)
-        self._log = config.open_log(
-            settings, "directory", str(os.getpid()), self._source
-        )
-        self._policies = config.load_policies(
-            settings,
-            service="directory",
-            namespace="ztserve",
-            operations=(transport.WATCH,),
-        )
-        self._server = transport.Server(
-            transport.directory_methods(self),
-            source=self._source,
-            limits=config.limits(settings),
-            on_refused=lambda refusal: config.record_refusal(self._log, refusal),
-            on_handshake_refused=self._log.refused_handshakes,
-        )
-        port = settings.directory.port
-        host, port = self._server.start(settings.directory.host, range(port, port + 1))
-        self._address = f"{host}:{port}"
-
-    def address(self) -> str:
-        """Return where the door answers."""
-        return self._address
-
-    def pin(self, name: str, digest: str) -> str:
-        """Keep the first digest that a deploy resolved; return it ever after."""
-        with self._changed:
-            return self._pins.setdefault(name, digest)
-
-    def follow(self, key: str, app: str, deployment: str) -> None:
-        """Follow a deployment's replicas from now on."""
-        with self._changed:
-            if key in self._followed:
-                return
-            self._followed[key] = ray_private.follow(
-                app,
-                deployment,
-                lambda replicas: self._update(key, replicas),
-                self._loop,
-            )
-
-    def listing(self) -> dict[str, tuple[transport.Endpoint, ...]]:
-        """Return all that is known, by namespace/service."""
-        with self._changed:
-            return dict(self._targets)
-
-    def _update(self, key: str, replicas: Sequence[Mapping[str, Any]]) -> None:
-        with self._changed:
-            self._targets[key] = tuple(
-                transport.Endpoint(r["address"], r["model"], r["version"], r["digest"])
-                for r in replicas
-                if r.get("ztserve")
-            )
-            self._changed.notify_all()
-
-    def watch(
-        self, call: Call, deployment: str
-    ) -> Iterator[tuple[transport.Endpoint, ...]]:
-        """Yield where a deployment's replicas are, now and at each change."""
-        with self._log.record(call) as record:
-            record.rule = self._policies.authorize(call).rule
-            record.described()
-        seen: tuple[transport.Endpoint, ...] | None = None
-        while not call.cancelled() and time.monotonic() < call.deadline:
-            with self._changed:
-                current = self._targets.get(deployment, ())
-                if current == seen:
-                    self._changed.wait(1.0)
-                    continue
-            seen = current
-            yield current

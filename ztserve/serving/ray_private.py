@@ -28,7 +28,7 @@ __all__ = [
 
 
 def is_serve_request() -> bool:
-    """Is this code running on behalf of a Serve handle or proxy?"""
+    """Tell whether this code runs on behalf of a Serve handle or proxy."""
     return bool(_get_serve_request_context().request_id)
 
 
@@ -45,7 +45,7 @@ def replica_options() -> tuple[int, float]:
 
 
 def controller_is_up() -> bool:
-    """Does this cluster run Serve?"""
+    """Tell whether this cluster runs Serve."""
     try:
         ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
@@ -68,7 +68,7 @@ def follow(
     def updated(targets: Any) -> None:
         changed([info.replica_metadata or {} for info in targets.running_replicas])
 
-    key = (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(deployment, app))
+    key: Any = (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(deployment, app))
     return LongPollClient(
         controller, {key: updated}, call_in_event_loop=loop, client_id="ztserve"
     )

@@ -1,7 +1,5 @@
 """One replica: its rooms, built from the settings around a user's class. No Ray."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import inspect
@@ -77,7 +75,7 @@ class Replica:
 
     def __init__(
         self,
-        deployment: type[ZTDeployment],
+        deployment: "type[ZTDeployment]",
         plan: Plan,
         source: Source,
         *,
@@ -219,7 +217,7 @@ class Replica:
         models: Mapping[str, VerifiedModel],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> ZTDeployment:
+    ) -> "ZTDeployment":
         instance = self.deployment(*args, **kwargs)
         instance.device = _device()
         sole = models.get("")

@@ -53,7 +53,7 @@ class Shell:
         """Return the user's class."""
         return cls._ztserve_deployment
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         # Serve prints the constructor's traceback from the top: a cause without one

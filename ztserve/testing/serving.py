@@ -4,19 +4,18 @@ Everything is real: sockets, mutual TLS, policies, signatures, filter and audit.
 the authority, the signing keys and the registry are thrown away afterwards.
 """
 
-from __future__ import annotations
-
 import json
+import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from ztserve import config, transport
+from ztserve import audit, config, transport
 from ztserve.artifacts import publish
 from ztserve.errors import ConfigError
 from ztserve.serving import Replica, ZTDeployment
@@ -24,10 +23,9 @@ from ztserve.serving.replica import Plan
 from ztserve.testing.authority import ThrowAwayAuthority
 from ztserve.types import ModelRef
 
-if TYPE_CHECKING:
-    import os
-
 STOP_S = 2.0
+
+Directory: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,14 @@ class Served:
 
     def records(self) -> list[dict[str, Any]]:
         """Return what the audit log holds so far, oldest first."""
-        lines = self.audit.read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return list(audit.read(self.audit))
 
 
 @contextmanager
-def serve(
+def serve(  # noqa: PLR0913 - what one may want to say, each with a default
     deployment: type[ZTDeployment],
     *,
-    model: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    model: Directory | Mapping[str, Directory] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     policies: tuple[Path, ...] = (),
@@ -77,9 +74,14 @@ def serve(
         max_ongoing: as Ray Serve's max_ongoing_requests.
         max_queued: calls that may wait beyond those.
 
+    Raises ConfigError for a directory that is not there, and whatever keeps a replica
+    from starting, such as VerificationError.
+
     """
-    with tempfile.TemporaryDirectory(prefix="ztserve-testing-") as folder:
-        base = Path(folder)
+    with ExitStack() as ending:
+        base = Path(
+            ending.enter_context(tempfile.TemporaryDirectory(prefix="ztserve-testing-"))
+        )
         settings = _settings(base, deployment, policies, tables or {})
         models = _publish(base, deployment, model)
         authority = ThrowAwayAuthority(settings.identity.trust_domain)
@@ -88,6 +90,7 @@ def serve(
         replica = Replica(
             deployment, plan, authority.source(server_id), name=secrets.token_hex(4)
         )
+        ending.callback(replica.stop, STOP_S)
         address = replica.start(args, kwargs or {})
         client = transport.Client(
             address,
@@ -95,12 +98,9 @@ def serve(
             server_id=server_id,
             model=replica.model_name,
         )
+        ending.callback(client.close)
         log = next(settings.audit.directory.glob("*.jsonl"))
-        try:
-            yield Served(address, server_id, client, authority, replica, log)
-        finally:
-            client.close()
-            replica.stop(STOP_S)
+        yield Served(address, server_id, client, authority, replica, log)
 
 
 def _settings(
@@ -109,32 +109,37 @@ def _settings(
     policies: tuple[Path, ...],
     tables: Mapping[str, Mapping[str, Any]],
 ) -> config.Settings:
-    if not policies:
-        policies = (base / "policy.yaml",)
-        policies[0].write_text(_policy(deployment.service))
-        policies[0].chmod(0o600)
     chosen = {name: dict(table) for name, table in tables.items()}
+    if not policies:
+        namespace = chosen.get("identity", {}).get("namespace", "ml-inference")
+        policies = (base / "policy.yaml",)
+        policies[0].write_text(_policy(deployment.service, namespace))
+        policies[0].chmod(0o600)
     chosen.setdefault("authorization", {}).setdefault(
         "policies", [str(path.resolve()) for path in policies]
     )
     chosen.setdefault("artifacts", {}).setdefault("wait_s", 1.0)
-    text = "".join(
-        f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
-        for name, table in chosen.items()
-    )
     file = base / config.FILE
-    file.write_text(text)
+    file.write_text("".join(_table(*item) for item in chosen.items()))
     file.chmod(0o600)
     return config.load(file)
 
 
-def _policy(service: str) -> str:
+def _table(name: str, values: Mapping[str, Any]) -> str:
+    """Return a table of TOML, whose values JSON can write."""
+    lines = (
+        f"{key} = {json.dumps(value, default=str)}" for key, value in values.items()
+    )
+    return "\n".join((f"[{name}]", *lines, ""))
+
+
+def _policy(service: str, namespace: str) -> str:
     return f"""\
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata:
   name: testing
-  namespace: ml-inference
+  namespace: {namespace}
 spec:
   selector:
     matchLabels:
@@ -149,7 +154,7 @@ spec:
 def _publish(
     base: Path,
     deployment: type[ZTDeployment],
-    model: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
+    model: Directory | Mapping[str, Directory] | None,
 ) -> dict[str, ModelRef]:
     """Sign and publish throw-away copies, under the names that the class asks for."""
     declared = deployment.model
@@ -174,7 +179,10 @@ def _publish(
     for part, ref in refs.items():
         if part not in folders:
             raise ConfigError(f"serve(..., model=...) has no directory for {part!r}")
-        _publish_copy(Path(folders[part]), base / f"copy-{part}", signer, ref)
+        folder = Path(folders[part])
+        if not folder.is_dir():
+            raise ConfigError(f"serve(..., model={str(folder)!r}): no such directory")
+        _publish_copy(folder, base / f"copy-{part}", signer, ref)
     return refs
 
 

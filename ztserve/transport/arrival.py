@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from ztserve.errors import CallError, Unauthenticated
+from ztserve.errors import CallError, InvalidInput, Unauthenticated
 from ztserve.transport import callers
 from ztserve.transport.credentials import Facts, ServerCredentials
 from ztserve.types import Call, Caller, Operation, Peer
@@ -61,11 +61,13 @@ class Reception:
         credentials: ServerCredentials,
         *,
         delegates: Collection[str],
+        max_metadata_bytes: int,
         host: str,
         port: int,
     ) -> None:
         self._credentials = credentials
         self._delegates = frozenset(delegates)
+        self._max_metadata_bytes = max_metadata_bytes
         self._host = host
         self._port = port
 
@@ -80,14 +82,15 @@ class Reception:
         """Return the Call that has just arrived from the verified `peer`.
 
         Its deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
-        where a delegate's caller header does not hold.
+        where a delegate's caller header does not hold, InvalidInput where there is
+        too much metadata.
         """
         headers = _NO_HEADERS
         caller: Caller | None = None
         notes: tuple[str, ...] = ()
         metadata = context.invocation_metadata()
         if metadata:
-            headers, asserted = _sorted(metadata)
+            headers, asserted = sorted_out(metadata, self._max_metadata_bytes)
             if asserted:
                 caller, notes = self._caller(asserted, peer)
         source_ip, source_port = source(context.peer())
@@ -128,17 +131,22 @@ class Reception:
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-def _sorted(
-    metadata: Collection[tuple[str, str | bytes]],
+def sorted_out(
+    metadata: Collection[tuple[str, str | bytes]], max_bytes: int
 ) -> tuple[Mapping[str, str], list[bytes]]:
     """Return what rooms may see, and the caller headers.
 
     A header given twice is one of both values (RFC 9110, 5.3). Binary ones are
-    dropped: no policy can speak of them.
+    dropped: no policy can speak of them. Raises InvalidInput beyond `max_bytes`:
+    gRPC's own limit does not hold for what comes in CONTINUATION frames.
     """
     headers: dict[str, str] = {}
     asserted: list[bytes] = []
+    size = 0
     for name, value in metadata:
+        size += len(name) + len(value)
+        if size > max_bytes:
+            raise InvalidInput(f"the call has more than {max_bytes} bytes of metadata")
         if name.startswith(WITHHELD):
             if name == callers.HEADER and isinstance(value, bytes):
                 asserted.append(value)

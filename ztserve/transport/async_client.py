@@ -56,11 +56,6 @@ class AsyncClient:
         """The model's name; empty where neither we nor the directory were told."""
         return self._model or self._route.model
 
-    @property
-    def model(self) -> str:
-        """The model's name: as given, or as the directory tells it; else empty."""
-        return self._model or self._route.model
-
     async def infer(
         self,
         inputs: Mapping[str, values.Given],

@@ -5,6 +5,8 @@ the process's standard error, at its default verbosity. The line tells the cause
 address, and reads alike where this process was the client of a failed handshake.
 """
 
+import atexit
+import faulthandler
 import fcntl
 import logging
 import os
@@ -85,22 +87,30 @@ class _Tap:
         self.reports: list[Report] = []
         self._counts: Counter[str] = Counter()
         self._rest = b""
-        self._closing = False
+        self._closed = False
         self._real = os.dup(2)
         self._read, write = os.pipe()
         # Room enough that a burst never makes a writer wait for the thread below.
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         os.dup2(write, 2)
         os.close(write)
+        if faulthandler.is_enabled():  # a crash must not end in the pipe
+            faulthandler.enable(self._real)
         self._thread = threading.Thread(
             target=self._follow, name="ztserve-handshakes", daemon=True
         )
         self._thread.start()
+        atexit.register(self.close)  # or the last words before the exit would be lost
 
     def close(self) -> None:
-        """Give standard error back."""
-        self._closing = True
+        """Give standard error back. May be called again."""
+        atexit.unregister(self.close)
+        if self._closed:
+            return
+        self._closed = True
         os.dup2(self._real, 2)
+        if faulthandler.is_enabled():
+            faulthandler.enable(2)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * EVERY_S)
 

@@ -138,7 +138,11 @@ class Server:
         self, server: grpc.Server, credentials: ServerCredentials, host: str, port: int
     ) -> None:
         reception = Reception(
-            credentials, delegates=self._delegates, host=host, port=port
+            credentials,
+            delegates=self._delegates,
+            max_metadata_bytes=self._limits.max_metadata_bytes,
+            host=host,
+            port=port,
         )
         desk = Desk(
             self._limits,
@@ -192,7 +196,7 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
         ("grpc.max_connection_idle_ms", _ms(limits.max_connection_idle_s)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
         ("grpc.http2.max_ping_strikes", 2),
         # Each stream that a caller resets may cost it a round trip: rapid reset.
         ("grpc.http2.ping_on_rst_stream_percent", 10),

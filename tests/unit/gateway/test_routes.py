@@ -1,6 +1,8 @@
+import asyncio
+
 import pytest
 
-from ztserve.errors import ConfigError, InvalidInput, NotFound
+from ztserve.errors import ConfigError, InvalidInput, NotFound, Unavailable
 from ztserve.gateway.head import Head
 from ztserve.gateway.routes import Asked, Routes, asked, operation
 from ztserve.types import EMPTY
@@ -64,7 +66,7 @@ def test_a_sole_deployment_of_an_unknown_model_is_asked_itself():
 
 
 def test_several_deployments_are_told_apart_by_name():
-    one, two = Known("m"), Known("")
+    one, two = Known("m"), Known("n")
     routes = Routes({"a": one, "b": two})
     assert routes.sole is None
     assert routes.find("m") is one
@@ -72,7 +74,24 @@ def test_several_deployments_are_told_apart_by_name():
     with pytest.raises(InvalidInput, match="several are served here"):
         routes.find("")
     with pytest.raises(NotFound):
+        routes.find("o")
+
+
+def test_a_model_that_may_be_there_is_waited_for(monkeypatch):
+    one, two = Known("m"), Known("")
+    routes = Routes({"a": one, "b": two})
+    with pytest.raises(Unavailable, match="not known yet"):
         routes.find("n")
+
+    async def wait() -> object:
+        asyncio.get_running_loop().call_later(0.1, setattr, two, "model", "n")
+        return await routes.known("n")
+
+    assert asyncio.run(wait()) is two
+    two.model = ""
+    monkeypatch.setattr("ztserve.gateway.routes.KNOWN_S", 0.1)
+    with pytest.raises(Unavailable):
+        asyncio.run(routes.known("n"))
 
 
 def test_no_deployment_is_refused():

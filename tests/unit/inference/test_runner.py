@@ -22,17 +22,6 @@ Y = (TensorSpec("y", "FP32", (-1, 2)),)
 TEXT = (TextSpec("text"),)
 
 
-def a_call(seconds: float = 10.0, cancelled=lambda: False) -> Call:
-    return Call(
-        id="c",
-        peer=None,  # type: ignore[arg-type]
-        caller=None,
-        operation=operations("m")["ModelInfer"],
-        deadline=time.monotonic() + seconds,
-        cancelled=cancelled,
-    )
-
-
 def rows(*values: float) -> Inputs:
     array = np.array([[v, v] for v in values], np.float32)
     array.flags.writeable = False
@@ -50,21 +39,7 @@ def pieces(runner: Runner, inputs: Inputs, call: Call | None = None):
 
 
 def in_threads(work, n: int) -> list:
-    results: list = [None] * n
-
-    def one(i: int) -> None:
-        try:
-            results[i] = work(i)
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(n)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(20)
-    assert not any(t.is_alive() for t in threads)
-    return results
+    return run_in_threads(*[partial(work, i) for i in range(n)])
 
 
 async def async_double(x):

@@ -2,6 +2,7 @@
 
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,13 +34,12 @@ class Echo:
     """
 
     pieces: int = 3
+    pause_s: float = 0.0
     denied: frozenset[str] = frozenset()
     calls: list[Call] = field(default_factory=list)
     outcomes: list[object] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
-    running: threading.Semaphore = field(
-        default_factory=lambda: threading.Semaphore(0)
-    )
+    running: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     spec: TensorSpec = TensorSpec("x", "FP32", (-1, 4))
 
     def infer(self, call: Call, receive: Receive) -> Reply:
@@ -55,6 +55,7 @@ class Echo:
         try:
             reply = self._answer(call, receive)
             for _ in range(self.pieces):
+                time.sleep(self.pause_s)
                 yield reply
         except BaseException as error:
             self.outcomes.append(error)
@@ -63,7 +64,9 @@ class Echo:
 
     def describe(self, call: Call) -> Description:
         self._judge(call)
-        return Description("echo", "3", "sha256:" + "a" * 64, (self.spec,), (self.spec,))
+        return Description(
+            "echo", "3", "sha256:" + "a" * 64, (self.spec,), (self.spec,)
+        )
 
     def _judge(self, call: Call) -> None:
         self.calls.append(call)
@@ -114,7 +117,11 @@ class Served:
     ) -> grpc.Channel:
         """A stock gRPC channel, as any client would make it."""
         return channel(
-            self.port, svid or self.authority.issue(CLI), self.authority, server, **options
+            self.port,
+            svid or self.authority.issue(CLI),
+            self.authority,
+            server,
+            **options,
         )
 
 

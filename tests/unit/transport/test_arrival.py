@@ -1,6 +1,7 @@
 import pytest
 
-from ztserve.transport.arrival import _sorted, new_id, source
+from ztserve.errors import InvalidInput
+from ztserve.transport.arrival import new_id, sorted_out, source
 
 
 @pytest.mark.parametrize(
@@ -18,11 +19,16 @@ def test_the_source_of_a_call(peer: str, expected: tuple[str, int]) -> None:
 
 
 def test_headers_lose_our_own_and_binary_ones() -> None:
-    headers, asserted = _sorted(
-        (("a", "1"), ("zt-x", "2"), ("b-bin", b"3"), ("zt-caller-bin", b"4"), ("a", "5"))
-    )
+    given = (("a", "1"), ("zt-x", "2"), ("b-bin", b"3"), ("zt-caller-bin", b"4"))
+    headers, asserted = sorted_out((*given, ("a", "5")), 100)
     assert dict(headers) == {"a": "1,5"}
     assert asserted == [b"4"]
+
+
+def test_more_metadata_than_the_limit_is_refused() -> None:
+    assert sorted_out((("a", "x" * 9),), 10)
+    with pytest.raises(InvalidInput, match="more than 10 bytes of metadata"):
+        sorted_out((("a", "x" * 9), ("b", "")), 10)
 
 
 def test_ids_are_128_random_bits() -> None:

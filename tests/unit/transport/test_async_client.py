@@ -108,7 +108,9 @@ def test_it_says_for_whom_it_calls(authority) -> None:
 def test_nothing_there_is_unavailable(authority) -> None:
     async def run() -> None:
         source = authority.source(CLI)
-        async with AsyncClient("127.0.0.1:1", source=source, server_id=SERVER) as client:
+        async with AsyncClient(
+            "127.0.0.1:1", source=source, server_id=SERVER
+        ) as client:
             with pytest.raises(errors.Unavailable, match="nothing listens there"):
                 await client.infer({"t": "hi"})
         with pytest.raises(errors.Unavailable, match="closed"):

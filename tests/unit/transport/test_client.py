@@ -101,31 +101,35 @@ def test_a_timeout_is_deadline_exceeded(served: Served, client: Client) -> None:
 def test_a_connection_that_breaks_midway_is_interrupted_and_not_retried(
     authority,
 ) -> None:
-    with serving(authority) as served:
-        with Client(
+    with (
+        serving(authority) as served,
+        Client(
             served.address, source=authority.source(CLI), server_id=SERVER
-        ) as client:
-            failed: list[Exception] = []
+        ) as client,
+    ):
+        failed: list[Exception] = []
 
-            def ask() -> None:
-                try:
-                    client.infer({"t": "wait"})
-                except errors.ZTServeError as error:
-                    failed.append(error)
+        def ask() -> None:
+            try:
+                client.infer({"t": "wait"})
+            except errors.ZTServeError as error:
+                failed.append(error)
 
-            thread = threading.Thread(target=ask)
-            thread.start()
-            assert served.service.running.acquire(timeout=5)
-            served.server.stop(0)
-            thread.join(timeout=5)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert served.service.running.acquire(timeout=5)
+        served.server.stop(0)
+        thread.join(timeout=5)
     assert [type(error) for error in failed] == [errors.Interrupted]
     assert len(served.service.calls) == 1
 
 
 def test_nothing_there_is_unavailable_with_its_cause(authority) -> None:
-    with Client("127.0.0.1:1", source=authority.source(CLI), server_id=SERVER) as client:
-        with pytest.raises(errors.Unavailable, match="nothing listens there"):
-            client.infer({"t": "hi"})
+    with (
+        Client("127.0.0.1:1", source=authority.source(CLI), server_id=SERVER) as client,
+        pytest.raises(errors.Unavailable, match="nothing listens there"),
+    ):
+        client.infer({"t": "hi"})
 
 
 def test_a_server_that_refuses_us_names_the_likely_cause(authority) -> None:
@@ -147,12 +151,14 @@ def test_without_the_servers_bundle_there_is_no_client(authority) -> None:
 
 
 def test_the_caller_travels_to_a_server_that_takes_our_word(authority) -> None:
-    with serving(authority, delegates=[GATEWAY]) as served:
-        with Client(
+    with (
+        serving(authority, delegates=[GATEWAY]) as served,
+        Client(
             served.address, source=authority.source(GATEWAY), server_id=SERVER
-        ) as client:
-            client.infer({"t": "hi"}, caller=Caller("iss", "ada"))
-            list(client.stream({"t": "hi"}, caller=Caller("iss", "bob")))
+        ) as client,
+    ):
+        client.infer({"t": "hi"}, caller=Caller("iss", "ada"))
+        list(client.stream({"t": "hi"}, caller=Caller("iss", "bob")))
     assert [c.caller.subject for c in served.service.calls] == ["ada", "bob"]
 
 

@@ -118,7 +118,9 @@ def test_a_call_is_retried_on_another_replica_if_it_surely_did_not_run(
                 assert caller.infer({"t": "hi"}) == {"t": "hi"}
 
 
-@pytest.mark.parametrize("text", ["", "a", "a/b/c", "../b", "A/b", "a/b\n", "a b/c", "/"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "a/b/c", "../b", "A/b", "a/b\n", "a b/c", "/"]
+)
 def test_a_deployment_is_namespace_and_service(text: str) -> None:
     with pytest.raises(InvalidInput, match="expected namespace/service"):
         door.checked_deployment(text)
@@ -138,7 +140,16 @@ def test_an_address_becomes_a_target_of_one_kind(address: str, target: str) -> N
 
 @pytest.mark.parametrize(
     "address",
-    ["unix:/tmp/x", "xds:///a:1", "a", "a:0", "a:65536", "a:1\n", "dns://evil/a:1", "::1:1"],
+    [
+        "unix:/tmp/x",
+        "xds:///a:1",
+        "a",
+        "a:0",
+        "a:65536",
+        "a:1\n",
+        "dns://evil/a:1",
+        "::1:1",
+    ],
 )
 def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(InvalidInput, match=r"expected host:port"):

@@ -44,7 +44,9 @@ def until(count, seconds=5):
 """
 
 
-def run(body: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    body: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", PROLOGUE + textwrap.dedent(body), str(folder)],
         cwd=ROOT,
@@ -136,8 +138,12 @@ def test_two_watchers_share_one_pipe_and_the_last_gives_it_back(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "counted"), [("", True), ("INFO", True), ("ERROR", False)])
-def test_which_verbosity_the_core_needs(tmp_path: Path, level: str, counted: bool) -> None:
+@pytest.mark.parametrize(
+    ("level", "counted"), [("", True), ("INFO", True), ("ERROR", False)]
+)
+def test_which_verbosity_the_core_needs(
+    tmp_path: Path, level: str, counted: bool
+) -> None:
     done = run(
         """
         report = lambda cause, count: seen.append((cause, count))
@@ -167,3 +173,27 @@ def test_a_report_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "[('not TLS', 1), ('no client certificate', 1)]"
     assert "broken report" in done.stderr
+
+
+def test_the_last_words_of_a_process_are_not_lost(tmp_path: Path) -> None:
+    done = run(
+        """
+        watch_handshakes(lambda *_: None)
+        raise RuntimeError("the last words")
+        """,
+        tmp_path,
+    )
+    assert "RuntimeError: the last words" in done.stderr
+
+
+def test_a_crash_is_still_told(tmp_path: Path) -> None:
+    done = run(
+        """
+        import faulthandler
+        faulthandler.enable()
+        watch_handshakes(lambda *_: None)
+        faulthandler._sigsegv()
+        """,
+        tmp_path,
+    )
+    assert "Fatal Python error: Segmentation fault" in done.stderr

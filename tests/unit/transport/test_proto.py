@@ -18,7 +18,7 @@ OWN_FIELDS = {("ModelMetadataResponse", "properties")}
 def fields(message, prefix: str = "") -> dict[tuple[str, str], tuple]:
     name = prefix + message.name
     found = {
-        (name, f.name): (f.number, f.type, f.is_repeated, getattr(f, "containing_oneof") and 1)
+        (name, f.name): (f.number, f.type, f.is_repeated, f.containing_oneof and 1)
         for f in message.fields
     }
     for nested in message.nested_types:
@@ -44,7 +44,9 @@ def test_every_field_has_the_number_and_type_that_stock_clients_use() -> None:
 def test_ours_and_a_stock_client_live_in_one_process() -> None:
     assert service_pb2.ModelInferRequest is not inference_pb2.ModelInferRequest
     sent = service_pb2.ModelInferRequest(model_name="m", id="1")
-    sent.inputs.add(name="x", datatype="FP32", shape=[1]).contents.fp32_contents.append(2)
+    sent.inputs.add(name="x", datatype="FP32", shape=[1]).contents.fp32_contents.append(
+        2
+    )
     got = inference_pb2.ModelInferRequest.FromString(sent.SerializeToString())
     assert got.inputs[0].contents.fp32_contents == [2]
 
@@ -53,10 +55,8 @@ def test_under_the_protocols_own_package_they_could_not() -> None:
     naive = descriptor_pb2.FileDescriptorProto()
     inference_pb2.DESCRIPTOR.CopyToProto(naive)
     naive.name, naive.package = "naive.proto", "inference"
-    text = naive.SerializeToString().replace(
-        b".ztserve.transport.v1.", b".inference."
-    )
-    with pytest.raises((TypeError, Exception)):  # noqa: B017
+    text = naive.SerializeToString().replace(b".ztserve.transport.v1.", b".inference.")
+    with pytest.raises((TypeError, Exception)):
         descriptor_pool.Default().AddSerializedFile(text)
 
 
@@ -66,7 +66,10 @@ def test_the_committed_code_is_what_its_proto_says(module, tmp_path: Path) -> No
     subprocess.run(
         [
             *(sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}"),
-            *(f"--descriptor_set_out={out}", str(ROOT / "proto" / module.DESCRIPTOR.name)),
+            *(
+                f"--descriptor_set_out={out}",
+                str(ROOT / "proto" / module.DESCRIPTOR.name),
+            ),
         ],
         check=True,
         timeout=60,

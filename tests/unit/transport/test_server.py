@@ -34,7 +34,9 @@ Code = grpc.StatusCode
 
 
 def call(channel, path: str = INFER, body: bytes | None = None, **more) -> bytes:
-    return channel.unary_unary(path)(message() if body is None else body, timeout=10, **more)
+    return channel.unary_unary(path)(
+        message() if body is None else body, timeout=10, **more
+    )
 
 
 def error_of(channel, *args, **more) -> tuple[grpc.StatusCode, str, str]:
@@ -345,7 +347,9 @@ def test_a_caller_that_leaves_a_stream_ends_the_work(authority) -> None:
 # --- asking ---------------------------------------------------------------------------
 
 
-def test_health_and_metadata_are_judged_and_told(served: Served, client: Client) -> None:
+def test_health_and_metadata_are_judged_and_told(
+    served: Served, client: Client
+) -> None:
     assert client.ready()
     about = client.metadata()
     assert (about.model, about.version) == ("echo", "3")
@@ -431,9 +435,7 @@ def test_a_call_that_outlasts_the_grace_is_cut(authority) -> None:
 
 
 def test_it_serves_ipv6_too(authority) -> None:
-    server = Server(
-        inference_methods(Echo(), "echo"), source=authority.source(SERVER)
-    )
+    server = Server(inference_methods(Echo(), "echo"), source=authority.source(SERVER))
     host, port = server.start("::1")
     with Client(
         f"[{host}]:{port}", source=authority.source(CLI), server_id=SERVER

@@ -72,9 +72,7 @@ def test_a_broken_connection_is_safe_to_retry_only_if_nothing_was_sent() -> None
 )
 def test_a_failed_connection_names_its_likely_cause(symptom: str, cause: str) -> None:
     details = f"failed to connect to all addresses; last error: UNKNOWN: {symptom}"
-    error = status.translated(
-        grpc.StatusCode.UNAVAILABLE, details, (), "spiffe://td/s"
-    )
+    error = status.translated(grpc.StatusCode.UNAVAILABLE, details, (), "spiffe://td/s")
     assert cause in error.public
     assert details in error.reason
 

@@ -38,14 +38,18 @@ def test_a_given_datatype_wins() -> None:
 
 
 def test_texts_become_bytes() -> None:
-    assert values.tensor("t", "grüße") == Tensor("t", "BYTES", (1,), ("grüße".encode(),))
+    assert values.tensor("t", "grüße") == Tensor(
+        "t", "BYTES", (1,), ("grüße".encode(),)
+    )
     assert values.tensor("t", b"x").data == (b"x",)
     assert values.tensor("t", [["a"], ["b"]]) == Tensor(
         "t", "BYTES", (2, 1), (b"a", b"b")
     )
 
 
-@pytest.mark.parametrize("value", [[object()], [1, "a", None], np.zeros(1, "c8"), [None]])
+@pytest.mark.parametrize(
+    "value", [[object()], [1, "a", None], np.zeros(1, "c8"), [None]]
+)
 def test_what_no_datatype_can_hold_is_refused_by_name(value) -> None:
     with pytest.raises(InvalidInput, match="input 'x'"):
         values.tensor("x", value)

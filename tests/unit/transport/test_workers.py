@@ -52,7 +52,9 @@ def test_closed_workers_end_their_threads() -> None:
     done = threading.Event()
     workers.submit(lambda: None).add_done_callback(lambda _: done.set())
     assert done.wait(5)
-    [thread] = [t for t in threading.enumerate() if getattr(t, "_workers", None) is workers]
+    [thread] = [
+        t for t in threading.enumerate() if getattr(t, "_workers", None) is workers
+    ]
     workers.close()
     thread.join(timeout=5)
     assert not thread.is_alive()

@@ -1,0 +1,122 @@
+import random
+import threading
+import time
+
+import pytest
+
+from ztserve.errors import CallError, Cancelled, DeadlineExceeded
+from ztserve.inference.turns import Turns, any_wanted, still_wanted
+
+
+def gone() -> bool:
+    return True
+
+
+def test_a_call_is_wanted_until_it_is_cancelled_or_late(a_call):
+    still_wanted(a_call())
+    with pytest.raises(Cancelled, match="was cancelled"):
+        still_wanted(a_call(cancelled=gone))
+    with pytest.raises(DeadlineExceeded, match="the deadline passed"):
+        still_wanted(a_call(-1))
+
+
+def test_a_batch_is_wanted_while_one_of_its_calls_is(a_call):
+    any_wanted(())
+    any_wanted((a_call(-1), a_call()))
+    any_wanted((a_call(), a_call(cancelled=gone)))
+    with pytest.raises(Cancelled):
+        any_wanted((a_call(-1), a_call(cancelled=gone)))
+
+
+def test_turns_come_in_order_of_arrival(a_call, in_threads, eventually):
+    turns, order = Turns(), []
+
+    def waiter(i):
+        eventually(lambda: len(turns._waiting) == i)
+        with turns.turn(a_call()):
+            order.append(i)
+
+    def holder():
+        with turns.turn(a_call()):
+            eventually(lambda: len(turns._waiting) == 8)
+
+    with turns.turn(None):
+        first = threading.Thread(target=holder)
+        first.start()
+        eventually(lambda: turns._waiting)
+        threads = [threading.Thread(target=waiter, args=(i,)) for i in range(1, 9)]
+        for thread in threads:
+            thread.start()
+    for thread in (first, *threads):
+        thread.join(10)
+    assert order == list(range(1, 9))
+
+
+def test_whoever_asks_again_at_once_waits_behind_the_others(a_call, in_threads):
+    turns, taken, done = Turns(), [], threading.Event()
+
+    def greedy(name):
+        for _ in range(20):
+            with turns.turn(a_call()):
+                taken.append(name)
+                time.sleep(0.001)
+
+    with turns.turn(None):
+        threads = [threading.Thread(target=greedy, args=(n,)) for n in "ab"]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join(20)
+    done.set()
+    # strictly by turns, whoever began
+    assert all(one != other for one, other in zip(taken[:30], taken[1:31], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [({"seconds": 0.05}, DeadlineExceeded), ({"cancelled": gone}, Cancelled)],
+)
+def test_a_call_that_is_not_wanted_any_more_stops_waiting(a_call, call, error):
+    turns = Turns()
+    with turns.turn(None), pytest.raises(error):  # noqa: SIM117
+        with turns.turn(a_call(**call)):
+            raise AssertionError("it has no turn")
+    assert not turns._waiting
+    assert not turns._taken
+
+
+def test_what_interrupts_the_waiting_takes_the_call_out(a_call):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    turns = Turns()
+    with turns.turn(None), pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with turns.turn(a_call(cancelled=interrupted)):
+            raise AssertionError("it has no turn")
+    assert not turns._waiting
+    with turns.turn(a_call()):
+        assert turns._taken
+    assert not turns._taken
+
+
+def test_a_turn_that_comes_to_one_who_just_left_goes_to_the_next(a_call, in_threads):
+    turns, chance = Turns(), random.Random(1)
+    held = threading.Lock()
+
+    def work(seed):
+        dice = random.Random(seed)
+        for _ in range(30):
+            try:
+                with turns.turn(a_call(dice.uniform(0, 0.15))):
+                    assert held.acquire(blocking=False)  # nobody else is in
+                    time.sleep(dice.uniform(0, 0.004))
+                    held.release()
+            except CallError:
+                continue
+
+    seeds = [chance.random() for _ in range(12)]
+    results = in_threads(*[lambda seed=seed: work(seed) for seed in seeds])
+    assert results == [None] * 12
+    assert not turns._taken
+    assert not turns._waiting

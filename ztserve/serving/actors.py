@@ -1,0 +1,149 @@
+"""The two actors of a node: the identity agent and the directory door."""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, TypeAlias
+
+import ray
+
+from ztserve import config, identity, transport
+from ztserve.config import Settings
+from ztserve.serving import ray_private
+from ztserve.types import Call
+
+Place: TypeAlias = tuple[str, str]
+"""An application of Serve's, and a deployment in it."""
+Endpoints: TypeAlias = tuple[transport.Endpoint, ...]
+
+
+class AgentActor:
+    """The development authority and its Workload API front."""
+
+    def __init__(self, settings: Settings) -> None:
+        identity.harden_process()
+        authority = identity.Authority(settings.identity.trust_domain)
+        self._agent = identity.Agent(
+            authority,
+            config.agent_directory(settings),
+            identity.Rules(
+                trust_domain=settings.identity.trust_domain,
+                worker_namespaces=(settings.identity.namespace,),
+                worker_parent=os.getppid(),
+                worker_ids=(settings.directory_id,),
+                local_ids=(
+                    settings.gateway_id,
+                    settings.developer_id,
+                    # No policy names it: an identity to try refusals with.
+                    settings.spiffe_id("stranger", "dev"),
+                ),
+                default_id=settings.developer_id,
+            ),
+            ttl_s=settings.identity.svid_ttl_s,
+            on_stop=self._stop,
+        )
+        self._agent.start()
+
+    def is_up(self) -> bool:
+        """Answer once the agent listens."""
+        return True
+
+    def _stop(self) -> None:
+        self._agent.stop()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+class DirectoryActor:
+    """The directory door: where the replicas are, for those who may ask.
+
+    Also keeps what each deploy resolved its aliases to.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        identity.harden_process()
+        self._settings = settings
+        self._pins: dict[str, str] = {}
+        self._targets: dict[str, dict[Place, Endpoints]] = {}
+        self._followed: dict[tuple[str, Place], Any] = {}
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._source = config.obtain_identity(settings, settings.directory_id)
+        self._log = config.open_log(
+            settings, "directory", str(os.getpid()), self._source
+        )
+        self._policies = config.load_policies(
+            settings,
+            service="directory",
+            namespace="ztserve",
+            operations=(transport.WATCH,),
+        )
+        self._server = transport.Server(
+            transport.directory_methods(self),
+            source=self._source,
+            limits=config.limits(settings),
+            on_refused=lambda refusal: config.record_refusal(self._log, refusal),
+            on_handshake_refused=self._log.refused_handshakes,
+        )
+        port = settings.directory.port
+        host, port = self._server.start(settings.directory.host, range(port, port + 1))
+        self._address = f"{host}:{port}"
+
+    def address(self) -> str:
+        """Return where the door answers."""
+        return self._address
+
+    def pin(self, name: str, digest: str) -> str:
+        """Keep the first digest that a deploy resolved; return it ever after."""
+        with self._changed:
+            return self._pins.setdefault(name, digest)
+
+    def follow(self, key: str, app: str, deployment: str) -> None:
+        """Follow a deployment's replicas from now on.
+
+        Several deployments may bear one identity; their replicas are listed together.
+        """
+        place = (app, deployment)
+        with self._changed:
+            if (key, place) not in self._followed:
+                self._followed[key, place] = ray_private.follow(
+                    app, deployment, partial(self._update, key, place), self._loop
+                )
+
+    def listing(self) -> dict[str, Endpoints]:
+        """Return all that is known, by namespace/service."""
+        with self._changed:
+            return {key: self._endpoints(key) for key in self._targets}
+
+    def _endpoints(self, key: str) -> Endpoints:
+        return tuple(chain.from_iterable(self._targets.get(key, {}).values()))
+
+    def _update(
+        self, key: str, place: Place, replicas: Sequence[Mapping[str, Any]]
+    ) -> None:
+        with self._changed:
+            self._targets.setdefault(key, {})[place] = tuple(
+                transport.Endpoint(r["address"], r["model"], r["version"], r["digest"])
+                for r in replicas
+                if r.get("ztserve")
+            )
+            self._changed.notify_all()
+
+    def watch(self, call: Call, deployment: str) -> Iterator[Endpoints]:
+        """Yield where a deployment's replicas are, now and at each change."""
+        with self._log.record(call) as record:
+            record.rule = self._policies.authorize(call).rule
+            record.described()
+        seen: Endpoints | None = None
+        while not call.cancelled() and time.monotonic() < call.deadline:
+            with self._changed:
+                current = self._endpoints(deployment)
+                if current == seen:
+                    self._changed.wait(1.0)
+                    continue
+            seen = current
+            yield current
