@@ -180,7 +180,7 @@ def attack(tmp_path: Path):
         one.close()
 
 
-# --- strangers -----------------------------------------------------------------------
+# --- strangers --------------------------------------------------------------
 
 
 def test_plain_text_gets_nothing(served: Served) -> None:
@@ -219,11 +219,13 @@ def test_a_foreign_authority_gets_nothing(served: Served) -> None:
 
 
 def test_a_silent_connection_is_closed(authority) -> None:
-    with serving(authority, limits=Limits(handshake_s=0.5)) as served:
-        with socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw:
-            begun = time.monotonic()
-            assert raw.recv(10) == b""
-            assert time.monotonic() - begun < 3
+    with (
+        serving(authority, limits=Limits(handshake_s=0.5)) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw,
+    ):
+        begun = time.monotonic()
+        assert raw.recv(10) == b""
+        assert time.monotonic() - begun < 3
 
 
 def test_connections_are_limited(authority) -> None:
@@ -247,7 +249,7 @@ def test_connections_are_limited(authority) -> None:
             one.close()
 
 
-# --- impostors -----------------------------------------------------------------------
+# --- impostors --------------------------------------------------------------
 
 
 def test_a_federated_authority_cannot_mint_our_ids() -> None:
@@ -258,9 +260,12 @@ def test_a_federated_authority_cannot_mint_our_ids() -> None:
         assert caller.unary_unary(INFER)(b"let in", timeout=5) == b"let in"
     server.stop(0)
     source = ours.source(SERVER, federated=partner.bundles)
-    with serving(ours, source=source) as served:
-        with served.channel(impostor) as caller, pytest.raises(grpc.RpcError) as caught:
-            caller.unary_unary(INFER)(message(), timeout=5)
+    with (
+        serving(ours, source=source) as served,
+        served.channel(impostor) as caller,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        caller.unary_unary(INFER)(message(), timeout=5)
     assert refused(caught.value) == (
         Code.UNAUTHENTICATED,
         "the peer's identity could not be verified",
@@ -288,9 +293,12 @@ def test_a_certificate_that_is_no_svid_is_refused(authority, flaws) -> None:
     with channel(port, impostor, authority) as caller:
         assert caller.unary_unary(INFER)(b"let in", timeout=5) == b"let in"
     server.stop(0)
-    with serving(authority) as served, served.channel(impostor) as caller:
-        with pytest.raises(grpc.RpcError) as caught:
-            caller.unary_unary(INFER)(message(), timeout=5)
+    with (
+        serving(authority) as served,
+        served.channel(impostor) as caller,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        caller.unary_unary(INFER)(message(), timeout=5)
     assert caught.value.code() is Code.UNAUTHENTICATED
     assert served.service.calls == []
 
@@ -325,9 +333,11 @@ def test_a_federated_server_cannot_take_the_place_of_ours() -> None:
         ) as fooled:
             assert fooled.unary_unary(INFER)(message(), timeout=5)
         source = ours.source(CLI, federated=partner.bundles)
-        with Client(served.address, source=source, server_id=SERVER) as client:
-            with pytest.raises(Unavailable, match="not signed by the trust bundle"):
-                client.infer({"t": "secret"})
+        with (
+            Client(served.address, source=source, server_id=SERVER) as client,
+            pytest.raises(Unavailable, match="not signed by the trust bundle"),
+        ):
+            client.infer({"t": "secret"})
     assert len(served.service.calls) == 1
 
 
@@ -394,9 +404,11 @@ def test_a_root_that_is_dropped_ends_what_it_vouched_for() -> None:
         with pytest.raises(grpc.RpcError) as caught:
             caller.unary_unary(INFER)(message(), timeout=5)
         assert caught.value.code() is Code.UNAUTHENTICATED
-        with served.channel(old.issue(CLI)) as again:
-            with pytest.raises(grpc.RpcError) as caught:
-                again.unary_unary(INFER)(message(), timeout=5)
+        with (
+            served.channel(old.issue(CLI)) as again,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            again.unary_unary(INFER)(message(), timeout=5)
         assert caught.value.code() is Code.UNAVAILABLE
 
 
@@ -414,6 +426,7 @@ def test_a_server_whose_identity_was_withdrawn_answers_nobody(authority) -> None
     )
 
 
+@pytest.mark.slow
 def test_a_client_ignores_proxies_of_the_environment(authority) -> None:
     proxy = socket.create_server(("127.0.0.1", 0))
     proxy.settimeout(0.1)
@@ -456,7 +469,7 @@ with serving(authority) as served:
     proxy.close()
 
 
-# --- hogs ------------------------------------------------------------------------------
+# --- hogs -------------------------------------------------------------------
 
 RSS = """
 import sys, time, resource, threading
@@ -551,6 +564,7 @@ def test_denied_giant_bodies_are_never_read() -> None:
     assert growth("ours") < 64
 
 
+@pytest.mark.slow
 def test_a_slow_body_holds_its_place_for_the_limit_only(authority, attack) -> None:
     for body_s, held in (30.0, True), (0.5, False):
         limits = Limits(body_s=body_s, max_in_flight_per_principal=2)
@@ -562,6 +576,7 @@ def test_a_slow_body_holds_its_place_for_the_limit_only(authority, attack) -> No
             assert soon(lambda s=served: s.server.in_flight == 0, 2) is not held
 
 
+@pytest.mark.slow
 def test_a_caller_that_takes_nothing_holds_its_place_for_the_limit_only(
     authority, attack
 ) -> None:
@@ -577,8 +592,8 @@ def test_a_caller_that_takes_nothing_holds_its_place_for_the_limit_only(
 
 
 def test_a_metadata_bomb_reaches_no_room(served: Served, attack) -> None:
+    metadata = (("a", "x" * 10_000), ("b", "x" * 10_000))
     with served.channel() as caller, pytest.raises(grpc.RpcError) as caught:
-        metadata = (("a", "x" * 10_000), ("b", "x" * 10_000))
         caller.unary_unary(INFER)(message(), timeout=5, metadata=metadata)
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
     assert served.service.calls == []
@@ -636,14 +651,12 @@ def test_whoever_keeps_a_call_does_not_keep_its_stream(authority) -> None:
     with serving(authority, limits=limits) as served, served.channel() as caller:
         for number in range(40):
             wish = "raise Denied" if number % 2 else "fine"
-            try:
-                caller.unary_unary(INFER)(message(t=wish), timeout=5)
-            except grpc.RpcError as error:
-                assert error.code() is Code.PERMISSION_DENIED
+            future = caller.unary_unary(INFER).future(message(t=wish), timeout=5)
+            assert future.code() in (Code.OK, Code.PERMISSION_DENIED)
     assert len(served.service.calls) == len(served.service.outcomes) == 40
 
 
-# --- forgers of the end user -------------------------------------------------------------
+# --- forgers of the end user ------------------------------------------------
 
 ADA = Caller("https://issuer", "ada", {"role": "doctor"}, "x509-svid")
 

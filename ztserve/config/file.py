@@ -82,10 +82,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         # Not blocking: a pipe in its place must not hang the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             # Of the file that is open: the path could name another one by now.
             _check_mode(path, os.fstat(descriptor).st_mode)
-            raw = file.read(MAX_FILE_BYTES + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                raw = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if len(raw) > MAX_FILE_BYTES:

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.unit.inference.support import a_call, eventually, in_threads
 from ztserve.errors import CallError, Cancelled, DeadlineExceeded, InferenceError
 from ztserve.inference.batching import Combiner, split
 from ztserve.inference.turns import Turns
@@ -84,7 +85,7 @@ class Queued:
         return [self.results[number] for number in range(len(self.threads))]
 
 
-def test_calls_that_queue_together_are_joined_and_split_again(a_call, eventually):
+def test_calls_that_queue_together_are_joined_and_split_again():
     queued = Queued()
     for i in range(4):
         queued.add(a_call(), rows(i, i + 10))
@@ -93,7 +94,7 @@ def test_calls_that_queue_together_are_joined_and_split_again(a_call, eventually
     assert queued.gate.sizes == [2]
 
 
-def test_a_step_takes_no_more_rows_than_max_size(a_call, eventually):
+def test_a_step_takes_no_more_rows_than_max_size():
     sizes = []
 
     def step(calls, inputs):
@@ -109,7 +110,7 @@ def test_a_step_takes_no_more_rows_than_max_size(a_call, eventually):
     assert sizes == [3, 3, 1]
 
 
-def test_a_waiting_call_that_is_cancelled_leaves_the_queue(a_call, eventually):
+def test_a_waiting_call_that_is_cancelled_leaves_the_queue():
     gone = threading.Event()
     queued = Queued()
     queued.add(a_call(), rows(0))
@@ -124,9 +125,7 @@ def test_a_waiting_call_that_is_cancelled_leaves_the_queue(a_call, eventually):
     assert results[::2] == [[[0]], [[2]]]
 
 
-def test_a_leader_that_is_cancelled_before_its_turn_passes_the_lead_on(
-    a_call, eventually
-):
+def test_a_leader_that_is_cancelled_before_its_turn_passes_the_lead_on():
     it, results = combiner(), {}
 
     def work(name, call):
@@ -149,7 +148,7 @@ def test_a_leader_that_is_cancelled_before_its_turn_passes_the_lead_on(
     assert at_rest(it)
 
 
-def test_a_call_that_runs_late_is_told_so_and_the_step_goes_on(a_call, eventually):
+def test_a_call_that_runs_late_is_told_so_and_the_step_goes_on():
     late = Queued(lambda calls, inputs: time.sleep(0.5) or Outputs(inputs.values))
     late.add(a_call(), rows(0))
     late.add(a_call(), rows(1))
@@ -172,7 +171,7 @@ class Interrupt:
         return False
 
 
-def test_an_interrupted_thread_in_the_queue_blocks_no_other(a_call, eventually):
+def test_an_interrupted_thread_in_the_queue_blocks_no_other():
     interrupt, queued = Interrupt(), Queued()
     queued.add(a_call(), rows(0))
     for i in (1, 2, 3):
@@ -185,7 +184,7 @@ def test_an_interrupted_thread_in_the_queue_blocks_no_other(a_call, eventually):
     assert [results[0], *results[2:]] == [[[0]], [[2]], [[3]]]
 
 
-def test_an_interrupted_leader_blocks_no_other(a_call, in_threads, eventually):
+def test_an_interrupted_leader_blocks_no_other():
     interrupt, it = Interrupt(), combiner()
 
     def leader():
@@ -208,9 +207,7 @@ def test_an_interrupted_leader_blocks_no_other(a_call, in_threads, eventually):
     assert at_rest(it)
 
 
-def test_an_interrupt_within_the_step_is_the_leaders_and_the_others_are_told(
-    a_call, eventually
-):
+def test_an_interrupt_within_the_step_is_the_leaders_and_the_others_are_told():
     def step(calls, inputs):
         raise KeyboardInterrupt
 
@@ -222,7 +219,7 @@ def test_an_interrupt_within_the_step_is_the_leaders_and_the_others_are_told(
     assert sorted(kinds, key=str) == [KeyboardInterrupt, InferenceError, InferenceError]
 
 
-def test_a_batch_too_large_for_memory_runs_one_by_one(a_call, eventually):
+def test_a_batch_too_large_for_memory_runs_one_by_one():
     def step(calls, inputs):
         if len(calls) > 1:
             raise MemoryError
@@ -235,9 +232,7 @@ def test_a_batch_too_large_for_memory_runs_one_by_one(a_call, eventually):
     assert queued.finish() == [[[0]], [[1]], [[2]]]
 
 
-def test_a_call_that_has_gone_is_not_run_again_after_its_batch_failed(
-    a_call, eventually
-):
+def test_a_call_that_has_gone_is_not_run_again_after_its_batch_failed():
     gone, ran = threading.Event(), []
 
     def step(calls, inputs):
@@ -257,12 +252,12 @@ def test_a_call_that_has_gone_is_not_run_again_after_its_batch_failed(
     assert ran == [[[1]]]
 
 
-def test_a_step_that_forgets_a_call_is_the_models_failure(a_call):
+def test_a_step_that_forgets_a_call_is_the_models_failure():
     with pytest.raises(InferenceError, match="gave no answer for this call"):
         combiner(lambda calls, inputs: None).run(a_call(), rows(1), expected=False)
 
 
-def test_a_leader_waits_for_the_expected_and_no_longer(a_call):
+def test_a_leader_waits_for_the_expected_and_no_longer():
     it = combiner(wait_ms=300)
     it.expect(1)
     start = time.monotonic()
@@ -276,7 +271,7 @@ def test_a_leader_waits_for_the_expected_and_no_longer(a_call):
     assert at_rest(it)
 
 
-def test_a_leader_goes_as_soon_as_the_expected_one_is_called_off(a_call):
+def test_a_leader_goes_as_soon_as_the_expected_one_is_called_off():
     it = combiner(wait_ms=1000)
     it.expect(2)
     timer = threading.Timer(0.1, it.expect, (-1,))
@@ -287,7 +282,7 @@ def test_a_leader_goes_as_soon_as_the_expected_one_is_called_off(a_call):
     timer.join()
 
 
-def test_whatever_happens_each_call_ends_and_nothing_stays_behind(a_call):
+def test_whatever_happens_each_call_ends_and_nothing_stays_behind():
     """Many callers who leave, come late and fail, by chance."""
 
     def step(calls, inputs):

@@ -1,21 +1,27 @@
 import asyncio
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from tests.unit.inference.support import a_call, eventually
+from tests.unit.inference.support import in_threads as run_in_threads
 from ztserve.errors import (
     Cancelled,
     DeadlineExceeded,
     Denied,
     InferenceError,
     InvalidInput,
+    NotFound,
     Overloaded,
 )
 from ztserve.inference import Runner, current_call, current_calls
-from ztserve.types import Batch, Call, Inputs, TensorSpec, TextSpec, operations
+from ztserve.types import Batch, Call, Inputs, TensorSpec, TextSpec
 
 X = (TensorSpec("x", "FP32", (-1, 2)),)
 Y = (TensorSpec("y", "FP32", (-1, 2)),)
@@ -169,6 +175,7 @@ def test_a_call_waits_for_those_already_admitted():
 
     def work(i):
         with runner.admit() as place:
+            eventually(lambda: runner.ongoing == 2)
             time.sleep(0.1 * i)
             place.run(a_call(), rows(i))
 
@@ -340,6 +347,104 @@ def test_an_async_model_is_cancelled_when_its_caller_goes_away():
     runner.close()
 
 
+def test_a_place_is_expected_once_however_often_it_runs():
+    runner = Runner(lambda x: x, inputs=X, outputs=Y, batch=Batch(8, wait_ms=1))
+    with runner.admit() as place:
+        for _ in range(3):
+            place.run(a_call(), rows(1))
+    assert runner._combiner._expected == 0
+    with runner.admit() as place, runner.admit():
+        place.run(a_call(), rows(1))
+        assert runner._combiner._expected == 1
+    assert runner._combiner._expected == 0
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError()])
+def test_what_would_end_the_calls_thread_is_the_models_failure(error):
+    def predict(x):
+        raise error
+
+    with pytest.raises(InferenceError, match=type(error).__name__):
+        run(Runner(predict, inputs=X, outputs=Y), rows(1))
+
+
+def test_another_model_that_predict_misses_is_not_told_as_the_callers_own():
+    def predict(x):
+        raise NotFound("model 'inner' is not served here")
+
+    with pytest.raises(InferenceError, match="a call made by predict failed: NotFound"):
+        run(Runner(predict, inputs=X, outputs=Y), rows(1))
+
+
+def test_an_answer_is_not_changed_by_the_next_callers():
+    """A model may write all its answers into one buffer."""
+    buffer = torch.zeros(1, 2)
+    array = np.zeros((1, 2), np.float32)
+
+    def reuses_a_tensor(x):
+        return buffer.copy_(x)
+
+    def reuses_an_array(x):
+        array[:] = x.numpy()
+        return array
+
+    for predict in (reuses_a_tensor, reuses_an_array):
+        runner = Runner(predict, inputs=X, outputs=Y)
+        first = run(runner, rows(1))["y"]
+        streamed = pieces(runner, rows(2))[0]["y"]
+        run(runner, rows(7))
+        assert first.tolist() == [[1, 1]]
+        assert streamed.tolist() == [[2, 2]]
+
+
+def test_self_call_in_a_batch_of_several_says_to_use_self_calls():
+    told = []
+
+    def predict(x):
+        if len(x) > 1:
+            assert len(current_calls()) == len(x)
+            with pytest.raises(RuntimeError, match=r"a batch of 2 calls; self\.calls"):
+                current_call()
+            told.append(1)
+        return x
+
+    runner = Runner(predict, inputs=X, outputs=Y, batch=Batch(2, wait_ms=1000))
+
+    def work(i):
+        with runner.admit() as place:
+            eventually(lambda: runner.ongoing == 2)
+            place.run(a_call(), rows(i))
+
+    assert in_threads(work, 2) == [None, None]
+    assert told == [1]
+
+
+@pytest.mark.slow
+def test_first_calls_that_come_together_meet_a_whole_torch():
+    """They would import it half, were it not imported when the runner is made."""
+    code = """
+import sys, threading
+import numpy as np
+from tests.unit.inference.support import a_call, in_threads
+from ztserve.inference import Runner
+from ztserve.types import Inputs, TensorSpec
+
+X = (TensorSpec("x", "FP32", (-1, 2)),)
+assert "torch" not in sys.modules
+runner = Runner(lambda x: x.numpy(), inputs=X, outputs=X)
+
+def work():
+    with runner.admit() as place:
+        place.run(a_call(60), Inputs({"x": np.zeros((1, 2), np.float32)}, 1))
+
+print(in_threads(*[work] * 4))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[None, None, None, None]", done.stderr
+
+
 # --- streams ---------------------------------------------------------------------
 
 
@@ -411,3 +516,73 @@ def test_a_failing_generator_is_the_models_failure():
         pieces(runner, PROMPT)
     with pytest.raises(InferenceError, match="ValueError: broken"):
         run(runner, PROMPT)
+
+
+def test_the_models_cleanup_waits_for_the_step_that_runs():
+    inside, order = threading.Event(), []
+
+    def predict(prompt):
+        if prompt == "slow":
+            inside.set()
+            time.sleep(0.3)
+            order.append("step")
+            return "a"
+
+        def stream():
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                order.append("cleanup")
+
+        return stream()
+
+    runner = Runner(predict, inputs=ASK, outputs=TEXT)
+
+    def reader():
+        with runner.admit() as place:
+            answer = place.stream(a_call(), PROMPT)
+            next(answer)
+            assert inside.wait(5)
+            answer.close()
+
+    def other():
+        time.sleep(0.1)
+        run(runner, Inputs({"prompt": "slow"}, 1))
+
+    assert in_threads(lambda i: (reader, other)[i](), 2) == [None, None]
+    assert order == ["step", "cleanup"]
+
+
+def test_a_stream_whose_caller_has_gone_never_reaches_the_model():
+    ran = []
+
+    def predict(prompt):
+        ran.append(1)
+        yield "a"
+
+    runner = Runner(predict, inputs=ASK, outputs=TEXT)
+    with pytest.raises(Cancelled):
+        pieces(runner, PROMPT, a_call(cancelled=lambda: True))
+    assert not ran
+
+
+def test_a_stream_ends_when_its_caller_goes():
+    gone, closed = threading.Event(), []
+
+    def predict(prompt):
+        try:
+            while True:
+                yield "a"
+        finally:
+            closed.append(1)
+
+    runner = Runner(predict, inputs=ASK, outputs=TEXT)
+    with runner.admit() as place:
+        answer = place.stream(a_call(cancelled=gone.is_set), PROMPT)
+        next(answer)
+        gone.set()
+        with pytest.raises(Cancelled):
+            next(answer)
+    assert closed == [1]
+    assert runner.ongoing == 0

@@ -1,9 +1,12 @@
 import random
 import threading
 import time
+from functools import partial
+from itertools import pairwise
 
 import pytest
 
+from tests.unit.inference.support import a_call, eventually, in_threads
 from ztserve.errors import CallError, Cancelled, DeadlineExceeded
 from ztserve.inference.turns import Turns, any_wanted, still_wanted
 
@@ -12,7 +15,7 @@ def gone() -> bool:
     return True
 
 
-def test_a_call_is_wanted_until_it_is_cancelled_or_late(a_call):
+def test_a_call_is_wanted_until_it_is_cancelled_or_late():
     still_wanted(a_call())
     with pytest.raises(Cancelled, match="was cancelled"):
         still_wanted(a_call(cancelled=gone))
@@ -20,7 +23,7 @@ def test_a_call_is_wanted_until_it_is_cancelled_or_late(a_call):
         still_wanted(a_call(-1))
 
 
-def test_a_batch_is_wanted_while_one_of_its_calls_is(a_call):
+def test_a_batch_is_wanted_while_one_of_its_calls_is():
     any_wanted(())
     any_wanted((a_call(-1), a_call()))
     any_wanted((a_call(), a_call(cancelled=gone)))
@@ -28,7 +31,7 @@ def test_a_batch_is_wanted_while_one_of_its_calls_is(a_call):
         any_wanted((a_call(-1), a_call(cancelled=gone)))
 
 
-def test_turns_come_in_order_of_arrival(a_call, in_threads, eventually):
+def test_turns_come_in_order_of_arrival():
     turns, order = Turns(), []
 
     def waiter(i):
@@ -52,8 +55,8 @@ def test_turns_come_in_order_of_arrival(a_call, in_threads, eventually):
     assert order == list(range(1, 9))
 
 
-def test_whoever_asks_again_at_once_waits_behind_the_others(a_call, in_threads):
-    turns, taken, done = Turns(), [], threading.Event()
+def test_whoever_asks_again_at_once_waits_behind_the_others():
+    turns, taken = Turns(), []
 
     def greedy(name):
         for _ in range(20):
@@ -68,16 +71,15 @@ def test_whoever_asks_again_at_once_waits_behind_the_others(a_call, in_threads):
         time.sleep(0.2)
     for thread in threads:
         thread.join(20)
-    done.set()
-    # strictly by turns, whoever began
-    assert all(one != other for one, other in zip(taken[:30], taken[1:31], strict=True))
+    # strictly by turns, whoever began, until one has had all of its own
+    assert all(one != other for one, other in pairwise(taken[:38]))
 
 
 @pytest.mark.parametrize(
     ("call", "error"),
     [({"seconds": 0.05}, DeadlineExceeded), ({"cancelled": gone}, Cancelled)],
 )
-def test_a_call_that_is_not_wanted_any_more_stops_waiting(a_call, call, error):
+def test_a_call_that_is_not_wanted_any_more_stops_waiting(call, error):
     turns = Turns()
     with turns.turn(None), pytest.raises(error):  # noqa: SIM117
         with turns.turn(a_call(**call)):
@@ -86,7 +88,7 @@ def test_a_call_that_is_not_wanted_any_more_stops_waiting(a_call, call, error):
     assert not turns._taken
 
 
-def test_what_interrupts_the_waiting_takes_the_call_out(a_call):
+def test_what_interrupts_the_waiting_takes_the_call_out():
     def interrupted():
         raise KeyboardInterrupt
 
@@ -100,9 +102,8 @@ def test_what_interrupts_the_waiting_takes_the_call_out(a_call):
     assert not turns._taken
 
 
-def test_a_turn_that_comes_to_one_who_just_left_goes_to_the_next(a_call, in_threads):
-    turns, chance = Turns(), random.Random(1)
-    held = threading.Lock()
+def test_a_turn_that_comes_to_one_who_just_left_goes_to_the_next():
+    turns, held = Turns(), threading.Lock()
 
     def work(seed):
         dice = random.Random(seed)
@@ -115,8 +116,7 @@ def test_a_turn_that_comes_to_one_who_just_left_goes_to_the_next(a_call, in_thre
             except CallError:
                 continue
 
-    seeds = [chance.random() for _ in range(12)]
-    results = in_threads(*[lambda seed=seed: work(seed) for seed in seeds])
+    results = in_threads(*[partial(work, seed) for seed in range(12)])
     assert results == [None] * 12
     assert not turns._taken
     assert not turns._waiting

@@ -25,6 +25,10 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
+SPEC = TensorSpec("x", "FP32", (-1, 4))
+LIMITS = Limits()
+
+
 @dataclass
 class Echo:
     """A service that answers with its inputs, and does as a text input says.
@@ -40,7 +44,7 @@ class Echo:
     outcomes: list[object] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     running: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    spec: TensorSpec = TensorSpec("x", "FP32", (-1, 4))
+    spec: TensorSpec = SPEC
 
     def infer(self, call: Call, receive: Receive) -> Reply:
         try:
@@ -148,7 +152,7 @@ def serving(
     service: Echo | None = None,
     *,
     source=None,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     delegates=(),
     stop_s: float = 0.2,
     **more,

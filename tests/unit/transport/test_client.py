@@ -74,8 +74,7 @@ def test_a_stream_that_is_left_gives_its_place_free(authority) -> None:
 @pytest.mark.parametrize("how", ["infer", "stream"])
 def test_the_servers_error_is_raised_again(served, client, name: str, how: str) -> None:
     with pytest.raises(getattr(errors, name)) as caught:
-        answer = getattr(client, how)({"t": f"raise {name}"})
-        list(answer)
+        list(getattr(client, how)({"t": f"raise {name}"}))
     assert caught.value.public == "the public sentence"
     assert served.service.calls[0].id in str(caught.value)
     assert len(served.service.calls) == 1
@@ -83,7 +82,7 @@ def test_the_servers_error_is_raised_again(served, client, name: str, how: str) 
 
 @pytest.mark.parametrize("how", ["infer", "stream"])
 def test_the_models_failure_is_an_inference_error(served, client, how: str) -> None:
-    with pytest.raises(errors.InferenceError, match="the model failed .*call"):
+    with pytest.raises(errors.InferenceError, match=r"the model failed .*call"):
         list(getattr(client, how)({"t": "raise InferenceError"}))
 
 
@@ -135,14 +134,18 @@ def test_nothing_there_is_unavailable_with_its_cause(authority) -> None:
 def test_a_server_that_refuses_us_names_the_likely_cause(authority) -> None:
     stranger = ThrowAwayAuthority(authority.trust_domain)
     source = FixedSource(Identity(stranger.issue(CLI), authority.bundles))
-    with serving(authority) as served:
-        with Client(served.address, source=source, server_id=SERVER) as client:
-            with pytest.raises(errors.Unavailable, match="does not trust this client"):
-                client.infer({"t": "hi"})
+    with (
+        serving(authority) as served,
+        Client(served.address, source=source, server_id=SERVER) as client,
+        pytest.raises(errors.Unavailable, match="does not trust this client"),
+    ):
+        client.infer({"t": "hi"})
 
 
 def test_without_the_servers_bundle_there_is_no_client(authority) -> None:
-    with pytest.raises(errors.IdentityError, match="no trust bundle of other.example"):
+    with pytest.raises(
+        errors.IdentityError, match=r"no trust bundle of other\.example"
+    ):
         Client(
             "127.0.0.1:1",
             source=authority.source(CLI),
@@ -162,15 +165,19 @@ def test_the_caller_travels_to_a_server_that_takes_our_word(authority) -> None:
     assert [c.caller.subject for c in served.service.calls] == ["ada", "bob"]
 
 
+def until_it_fails(client: Client) -> None:
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        client.infer({"t": "hi"})
+
+
 def test_a_client_whose_identity_ended_makes_no_call(authority, served) -> None:
     source = MovingSource(Identity(authority.issue(CLI), authority.bundles))
     with Client(served.address, source=source, server_id=SERVER) as client:
         client.infer({"t": "hi"})
         source.move(None)
-        until = time.monotonic() + 5
         with pytest.raises(errors.IdentityError, match="withdrawn by the test"):
-            while time.monotonic() < until:
-                client.infer({"t": "hi"})
+            until_it_fails(client)
         source.move(Identity(authority.issue(CLI), authority.bundles))
         time.sleep(0.3)
         client.infer({"t": "hi"})
@@ -196,12 +203,14 @@ def test_a_closed_client_makes_no_call(client: Client) -> None:
 
 def test_a_reply_beyond_the_clients_limit_is_refused(authority, monkeypatch) -> None:
     monkeypatch.setattr("ztserve.transport.protocol.MAX_MESSAGE_BYTES", 1000)
-    with serving(authority, Echo(spec=Echo().spec), limits=Limits()) as served:
-        with Client(
+    with (
+        serving(authority, Echo(spec=Echo().spec), limits=Limits()) as served,
+        Client(
             served.address, source=authority.source(CLI), server_id=SERVER
-        ) as client:
-            with pytest.raises(errors.InvalidInput, match="larger than"):
-                client.infer({"x": np.zeros(1000, "f4")})
+        ) as client,
+        pytest.raises(errors.InvalidInput, match="larger than"),
+    ):
+        client.infer({"x": np.zeros(1000, "f4")})
 
 
 def test_an_example_fits_the_model(client: Client) -> None:
@@ -254,13 +263,15 @@ def test_rotation_and_a_new_authority_cost_no_call() -> None:
         (new, only_new, new, only_new),
         (new, only_new, new, only_new),
     ]
-    with serving(old, source=server) as served:
-        with Client(served.address, source=ours, server_id=SERVER) as client:
-            with Rotating(served, client) as load:
-                for theirs, their_bundles, mine, my_bundles in steps:
-                    server.move(Identity(theirs.issue(SERVER), their_bundles))
-                    ours.move(Identity(mine.issue(CLI), my_bundles))
-                    time.sleep(0.7)
+    with (
+        serving(old, source=server) as served,
+        Client(served.address, source=ours, server_id=SERVER) as client,
+        Rotating(served, client) as load,
+    ):
+        for theirs, their_bundles, mine, my_bundles in steps:
+            server.move(Identity(theirs.issue(SERVER), their_bundles))
+            ours.move(Identity(mine.issue(CLI), my_bundles))
+            time.sleep(0.7)
     assert load.failed == []
     assert load.count > 50
     serials = {call.peer.serial for call in served.service.calls}
@@ -272,11 +283,11 @@ def test_a_root_that_was_withdrawn_ends_the_connections_it_vouched_for() -> None
     new = ThrowAwayAuthority("dev.ztserve.internal")
     both = {"dev.ztserve.internal": old.bundle + new.bundle}
     ours = MovingSource(Identity(new.issue(CLI), both))
-    with serving(old, source=FixedSource(Identity(old.issue(SERVER), both))) as served:
-        with Client(served.address, source=ours, server_id=SERVER) as client:
-            client.infer({"t": "hi"})
-            ours.move(Identity(new.issue(CLI), new.bundles))
-            until = time.monotonic() + 5
-            with pytest.raises(errors.Unavailable, match="not signed by the trust"):
-                while time.monotonic() < until:
-                    client.infer({"t": "hi"})
+    with (
+        serving(old, source=FixedSource(Identity(old.issue(SERVER), both))) as served,
+        Client(served.address, source=ours, server_id=SERVER) as client,
+    ):
+        client.infer({"t": "hi"})
+        ours.move(Identity(new.issue(CLI), new.bundles))
+        with pytest.raises(errors.Unavailable, match="not signed by the trust"):
+            until_it_fails(client)

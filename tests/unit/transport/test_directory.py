@@ -77,25 +77,31 @@ def test_a_call_waits_for_the_first_replica(authority, book) -> None:
 
 
 def test_without_replicas_a_call_is_unavailable(authority, book) -> None:
-    with client(authority, book) as caller:
-        with pytest.raises(Unavailable, match="no replica of ml-inference/echo"):
-            caller.infer({"t": "hi"}, timeout_s=0.3)
+    with (
+        client(authority, book) as caller,
+        pytest.raises(Unavailable, match="no replica of ml-inference/echo"),
+    ):
+        caller.infer({"t": "hi"}, timeout_s=0.3)
 
 
 def test_a_denied_watch_is_told_to_the_caller(authority, book) -> None:
     book.denied = True
-    with client(authority, book) as caller:
-        with pytest.raises(Denied, match="you may not ask"):
-            caller.infer({"t": "hi"}, timeout_s=0.5)
+    with (
+        client(authority, book) as caller,
+        pytest.raises(Denied, match="you may not ask"),
+    ):
+        caller.infer({"t": "hi"}, timeout_s=0.5)
 
 
 def test_a_lying_directory_costs_availability_only(authority, book) -> None:
     other = f"spiffe://{DOMAIN}/ns/ml-inference/sa/other"
     with serving(authority, source=authority.source(other)) as wrong:
         book.put(wrong.address)
-        with client(authority, book) as caller:
-            with pytest.raises(Unavailable, match="not for the expected SPIFFE ID"):
-                caller.infer({"t": "secret"}, timeout_s=1)
+        with (
+            client(authority, book) as caller,
+            pytest.raises(Unavailable, match="not for the expected SPIFFE ID"),
+        ):
+            caller.infer({"t": "secret"}, timeout_s=1)
         assert wrong.service.calls == []
         assert wrong.refusals == []
 
@@ -103,9 +109,11 @@ def test_a_lying_directory_costs_availability_only(authority, book) -> None:
 def test_a_server_that_is_not_the_directory_is_not_believed(authority) -> None:
     with serving(authority) as one:
         book = type("", (), {"address": one.address})
-        with client(authority, book) as caller:
-            with pytest.raises(Unavailable, match=r"SPIFFE ID .*/sa/directory"):
-                caller.infer({"t": "hi"}, timeout_s=0.5)
+        with (
+            client(authority, book) as caller,
+            pytest.raises(Unavailable, match=r"SPIFFE ID .*/sa/directory"),
+        ):
+            caller.infer({"t": "hi"}, timeout_s=0.5)
 
 
 def test_a_call_is_retried_on_another_replica_if_it_surely_did_not_run(

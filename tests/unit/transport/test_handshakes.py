@@ -158,6 +158,7 @@ def test_which_verbosity_the_core_needs(
     assert (done.stdout.strip() == "[('not TLS', 1)]") is counted
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
     done = run(
         """
@@ -175,6 +176,7 @@ def test_a_report_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
     assert "broken report" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_last_words_of_a_process_are_not_lost(tmp_path: Path) -> None:
     done = run(
         """

@@ -1,17 +1,16 @@
+"""What the tests of inference share: calls, threads, patience."""
+
 import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
 from ztserve.types import Call, operations
 
 
-def make_call(
-    seconds: float = 10.0, cancelled: Callable[[], bool] = lambda: False, call_id="c"
-) -> Call:
+def a_call(seconds: float = 10.0, cancelled: Callable[[], bool] = bool) -> Call:
+    """Return a call with `seconds` left."""
     return Call(
-        id=call_id,
+        id="c",
         peer=None,  # type: ignore[arg-type]
         caller=None,
         operation=operations("m")["ModelInfer"],
@@ -20,12 +19,7 @@ def make_call(
     )
 
 
-@pytest.fixture(name="a_call")
-def a_call_maker():
-    return make_call
-
-
-def run_in_threads(*works: Callable[[], object]) -> list:
+def in_threads(*works: Callable[[], object]) -> list:
     """Run all at once; return what each returned or raised."""
     results: list = [None] * len(works)
 
@@ -39,23 +33,14 @@ def run_in_threads(*works: Callable[[], object]) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     return results
 
 
-@pytest.fixture(name="in_threads")
-def in_threads_runner():
-    return run_in_threads
-
-
-def wait_until(fact: Callable[[], object], seconds: float = 10.0) -> None:
+def eventually(fact: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until `fact` holds."""
     until = time.monotonic() + seconds
     while not fact():
         assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-@pytest.fixture(name="eventually")
-def eventually_waiter():
-    return wait_until
+        time.sleep(0.002)
