@@ -7,7 +7,6 @@ import threading
 from ztserve import config, identity, transport
 from ztserve.errors import ConfigError
 from ztserve.gateway import Gateway
-from ztserve.types import operations
 
 GRACE_S = 5.0
 
@@ -35,7 +34,8 @@ def run(chosen: argparse.Namespace) -> int:
                 settings,
                 service=where.service,
                 namespace=where.namespace,
-                operations=operations("*").values(),
+                # Which models there are is for the deployments to say.
+                operations=None,
             ),
             deployments={
                 name: client(settings, source, name) for name in where.deployments

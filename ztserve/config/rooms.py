@@ -90,15 +90,18 @@ def load_policies(
     service: str,
     namespace: str,
     labels: Mapping[str, str] | None = None,
-    operations: Iterable[Operation],
+    operations: Iterable[Operation] | None,
 ) -> PolicySet:
-    """Read the policies that bear on one workload; refuse what is not understood."""
+    """Read the policies that bear on one workload; refuse what is not understood.
+
+    With `operations`, a path that none of them bears is refused too.
+    """
     return PolicySet.load(
         settings.authorization.policies,
         trust_domain=settings.identity.trust_domain,
         namespace=namespace,
         labels={"app": service, **(labels or {})},
-        operations=tuple(operations),
+        operations=operations,
     )
 
 
