@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from ztserve.types.specs import Description
 
 EMPTY: Mapping[str, str] = MappingProxyType({})

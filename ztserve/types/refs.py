@@ -53,7 +53,7 @@ class ModelRef:
         """The pinned digest (``sha256:...``), if one is."""
         return self._part("digest")
 
-    def pinned(self, digest: str) -> ModelRef:
+    def pinned(self, digest: str) -> "ModelRef":
         """Return this reference fixed to `digest`.
 
         Raises VerificationError where it is already fixed to another.

@@ -1,7 +1,5 @@
 """What a deployment declares."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

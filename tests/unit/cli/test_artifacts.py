@@ -1,0 +1,155 @@
+import json
+import stat
+
+import pytest
+
+from ztserve import config
+from ztserve.artifacts import TrustPolicy
+
+
+def test_key_new_writes_both_halves_and_prints_the_entry(ztserve, empty):
+    done = ztserve("key", "new", "team.pem", "--role", "trainer", "--role", "evaluator")
+    assert done.code == 0
+    assert stat.S_IMODE((empty / "team.pem").stat().st_mode) == 0o600
+    assert "key id       sha256:" in done.out
+    entry = done.out.partition("# for the trust policy:\n")[2]
+    (empty / "trust.toml").write_text("version = 1\n" + entry)
+    (empty / "trust.toml").chmod(0o644)
+    (signer,) = TrustPolicy.load(empty / "trust.toml").signers
+    assert (signer.name, set(signer.roles)) == ("team", {"trainer", "evaluator"})
+    assert "PRIVATE KEY" not in done.out
+
+
+def test_key_new_never_overwrites_a_key(ztserve, empty):
+    ztserve("key", "new", "team.pem")
+    before = (empty / "team.pem").read_bytes()
+    done = ztserve("key", "new", "team.pem")
+    assert done.code == 2
+    assert "a key is never overwritten" in done.err
+    assert (empty / "team.pem").read_bytes() == before
+
+
+def test_sign_publish_verify(ztserve, project, weights):
+    signed = ztserve("sign", weights)
+    assert (signed.code, signed.out) == (0, f"{weights}/model.sig\n")
+    put = ztserve("publish", weights, "double:1", "--alias", "production")
+    assert put.code == 0
+    name, digest = put.out.split()
+    assert name == "double:1"
+    assert digest.startswith("sha256:")
+    for ref in ("double", "double:1", "double@production", f"double@{digest}"):
+        told = json.loads(ztserve("verify", ref, "--json").out)
+        assert (told["model"], told["version"], told["digest"]) == (
+            "double",
+            "1",
+            digest,
+        )
+        assert told["signers"] == [
+            "development trainer as trainer",
+            "development deployer as deployer",
+        ]
+        assert told["files"] == ["model.safetensors"]
+
+
+def test_verify_prints_what_was_proved(ztserve, published):
+    done = ztserve("verify", "double:1")
+    assert done.code == 0
+    assert "model\tdouble\n" in done.out
+    assert "digest\tsha256:" in done.out
+
+
+def test_verify_takes_a_signed_directory_for_deploying(ztserve, project, weights):
+    ztserve("sign", weights)
+    done = ztserve("verify", "double:1", "--from", weights, "--for", "deploy")
+    assert done.code == 0
+    assert ztserve("verify", "double:1", "--from", weights).code == 2  # not released
+
+
+def tamper(project):
+    """Flip a bit of the largest blob: the weights."""
+    blobs = (project / ".ztserve/registry/blobs/sha256").iterdir()
+    weights = max(blobs, key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.chmod(0o600)
+    weights.write_bytes(content)
+
+
+def test_a_tampered_model_is_code_2_and_one_sentence(ztserve, project, published):
+    tamper(project)
+    done = ztserve("verify", "double:1")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("ztserve verify: ")
+    assert "model.safetensors" in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ref", "complaint"),
+    [
+        ("other:1", "other"),
+        ("double:2", "double:2"),
+        ("double@staging", "staging"),
+        ("double@sha256:" + "0" * 64, "0000"),
+        ("Double", "model reference 'Double'"),
+    ],
+)
+def test_what_is_not_there_is_refused(ztserve, published, ref, complaint):
+    done = ztserve("verify", ref)
+    assert (done.code, done.out) == (2, "")
+    assert complaint in done.err
+
+
+def test_a_strangers_signature_is_refused(ztserve, project, weights):
+    ztserve("key", "new", "stranger.pem")
+    ztserve("sign", weights, "--key", "stranger.pem")
+    done = ztserve("publish", weights, "double:1")
+    assert done.code == 2
+    assert "none of the trust policy's signers" in done.err
+    assert not (project / ".ztserve/registry").exists()
+
+
+def test_another_trust_policy_may_trust_the_stranger(ztserve, project, weights):
+    entry = ztserve("key", "new", "stranger.pem").out.partition("policy:\n")[2]
+    (project / "trust.toml").write_text("version = 1\n" + entry)
+    (project / "trust.toml").chmod(0o600)
+    ztserve("sign", weights, "--key", "stranger.pem")
+    words = ("verify", "double:1", "--from", weights, "--for", "deploy")
+    assert ztserve(*words).code == 2
+    assert ztserve(*words, "--trust", project / "trust.toml").code == 0
+
+
+@pytest.mark.parametrize("ref", ["double", "double@production"])
+def test_publish_without_a_version_is_refused(ztserve, project, weights, ref):
+    ztserve("sign", weights)
+    done = ztserve("publish", weights, ref)
+    assert done.code == 2
+    assert "a release needs a version: name:version" in done.err
+
+
+def test_publish_of_unsigned_weights_is_refused(ztserve, project, weights):
+    done = ztserve("publish", weights, "double:1")
+    assert done.code == 2
+    assert "is not signed" in done.err
+
+
+def test_a_version_is_published_once(ztserve, project, published):
+    (published / "note.json").write_text("{}")
+    ztserve("sign", published)
+    done = ztserve("publish", published, "double:1")
+    assert done.code == 2
+    assert "double:1" in done.err
+
+
+def test_the_default_keys_are_those_of_the_project(ztserve, project, weights):
+    for key in (config.load().state / "keys").iterdir():
+        key.unlink()
+    done = ztserve("sign", weights)
+    assert done.code == 2
+    assert "keys/trainer.pem: cannot be read" in done.err
+
+
+def test_sign_names_a_directory_that_is_not_there(ztserve, project):
+    done = ztserve("sign", "nowhere")
+    assert done.code == 2
+    assert "nowhere" in done.err

@@ -1,0 +1,129 @@
+import importlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ztserve.cli import VERBS, main
+from ztserve.cli.printing import printable
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_is_a_module_of_its_name(verb):
+    module = importlib.import_module(f"ztserve.cli.{verb}")
+    assert f"ztserve {verb}" in module.__doc__
+    assert callable(module.arguments)
+    assert callable(module.run)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_tells_how_it_is_used(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert VERBS[verb] in told
+
+
+def test_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"\n    {verb} " in told for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "the following arguments are required: verb"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["--insecure", "init"], "unrecognized arguments: --insecure"),
+        (["init", "a", "b"], "unrecognized arguments: b"),
+        (["key"], "required: action, path"),
+        (["key", "old", "x.pem"], "invalid choice: 'old'"),
+        (["key", "new", "x.pem", "--role", "king"], "invalid choice: 'king'"),
+        (["sign"], "required: directory"),
+        (["verify"], "required: model"),
+        (["verify", "digits", "--for", "fun"], "invalid choice: 'fun'"),
+        (["publish", "directory"], "required: model"),
+        (["svid", "read", "x"], "invalid choice: 'read'"),
+        (["agent", "start"], "invalid choice: 'start'"),
+        (["audit", "delete"], "invalid choice: 'delete'"),
+        (["config", "set"], "invalid choice: 'set'"),
+        (["predict", "x", "--timeout-s", "0"], "0: expected a positive number"),
+        (["predict", "x", "--timeout-s", "nan"], "nan: expected a positive number"),
+        (["predict", "x", "--timeout-s", "soon"], "invalid _seconds value: 'soon'"),
+    ],
+)
+def test_bad_arguments_end_with_usage_and_code_2(words, complaint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("usage: ztserve")
+    assert complaint in told.err
+
+
+def test_a_refusal_is_one_sentence_and_code_2(ztserve, empty):
+    (empty / "ztserve.toml").write_text("nonsense = 1")
+    (empty / "ztserve.toml").chmod(0o600)
+    done = ztserve("config", "show")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("ztserve config: ztserve.toml: 'nonsense' is not") or (
+        done.err.startswith(f"ztserve config: {empty}/ztserve.toml: 'nonsense' is not")
+    )
+    assert done.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_had_is_one_sentence_too(ztserve, project):
+    done = ztserve("predict", "x", "--input", "pixels=@nowhere.json")
+    assert (done.code, done.out) == (2, "")
+    assert "No such file or directory: 'nowhere.json'" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_an_interrupt_is_code_130(ztserve, empty, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ztserve.config.load", interrupted)
+    assert ztserve("config", "show").code == 130
+
+
+def test_a_reader_that_goes_away_is_no_error(project):
+    head = "import sys; sys.stdin.readline()"
+    line = (
+        f"{sys.executable} -m ztserve.cli config show --json | "
+        f"{sys.executable} -c '{head}'; echo ${{PIPESTATUS[0]}}"
+    )
+    many = f"for i in 1 2 3; do {line}; done"
+    done = subprocess.run(
+        ["bash", "-c", many], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert set(done.stdout.split()) <= {"0", "141"}
+
+
+def test_what_could_drive_a_terminal_is_not_printed():
+    text = "a\x1b[2Jb\x07c\r\x9bd\u202ee\tf\ng é ✓"
+    assert printable(text) == "a\ufffd[2Jb\ufffdc\ufffd\ufffdd\ufffde\tf\ng é ✓"
+
+
+def test_help_needs_none_of_the_rooms():
+    """So that it comes at once: no numpy, no cryptography, no gRPC."""
+    code = (
+        "import sys, ztserve.cli\n"
+        "try: ztserve.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'cryptography', 'grpc', 'ray', 'torch', 'rich', 'yaml'}\n"
+        "print('imported:', *sorted(heavy & set(sys.modules)))"
+    )
+    began = time.process_time()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "imported:"
+    assert time.process_time() - began < 0.4
