@@ -27,6 +27,9 @@ BUILD = Path(__file__).parent / "build"
 CASES = {"1x1": (1, 1), "32x1": (32, 1), "1x32": (1, 32)}
 """Connections x calls in flight on each."""
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+INSTALL = (
+    "On Debian or Ubuntu: apt-get install nghttp2-client wrk gcc libc6-dev libssl-dev"
+)
 EDGE_S = 0.2
 """CPU is read this long after the start and before the end of the measured time."""
 
@@ -82,10 +85,7 @@ def require_tools() -> None:
     """Raise LoadError if a program that the bench needs is not installed."""
     missing = [tool for tool in ("h2load", "wrk", "cc") if not shutil.which(tool)]
     if missing:
-        raise LoadError(
-            f"not installed: {', '.join(missing)}. On Debian or Ubuntu: "
-            "apt-get install nghttp2-client wrk gcc libc6-dev libssl-dev"
-        )
+        raise LoadError(f"not installed: {', '.join(missing)}. {INSTALL}")
 
 
 def build_shim() -> Path:
@@ -95,7 +95,9 @@ def build_shim() -> Path:
     if not shim.exists() or shim.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(exist_ok=True)
         command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(shim), str(source)]
-        subprocess.run([*command, "-ldl"], check=True)
+        done = subprocess.run([*command, "-ldl"], check=False)
+        if done.returncode:
+            raise LoadError(f"{source.name} did not compile. {INSTALL}")
     return shim
 
 
@@ -178,15 +180,17 @@ def _h2load(
     for header in ("content-type: application/grpc", "te: trailers", *arm.headers):
         command += ["-H", header]
     watched = _watch(arm, [*command, arm.url], seconds)
+    lost = _find(r"(\d+ failed, \d+ errored, \d+ timeout)", watched.output, arm)
     # Columns: start (us since the epoch), HTTP status, us until the end.
     rows = [line.split("\t") for line in log.read_text().splitlines()]
     bad = sum(row[1] != "200" for row in rows)
     # A gRPC refusal is a 200 without a body, so count the bytes as well.
     sent = int(_find(r"\((\d+)\) data", watched.output, arm))
-    if bad or not rows or sent < len(rows) * (5 + arm.reply_bytes):
+    short = sent < len(rows) * (5 + arm.reply_bytes)
+    if bad or short or not rows or lost != "0 failed, 0 errored, 0 timeout":
         raise LoadError(
-            f"{arm.name}: of {len(rows)} calls {bad} had no status 200, and {sent} "
-            f"bytes came back where a good answer has {5 + arm.reply_bytes}"
+            f"{arm.name}: of {len(rows)} calls {bad} had no status 200 ({lost}), and "
+            f"{sent} bytes came back where a good answer has {5 + arm.reply_bytes}"
         )
     times = sorted(int(row[2]) / 1e3 for row in rows)
     return watched.sample(

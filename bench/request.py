@@ -30,7 +30,15 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from bench import report
-from bench.load import CASES, Arm, LoadError, Sample, require_tools, run
+from bench.load import (
+    CASES,
+    Arm,
+    LoadError,
+    Sample,
+    build_shim,
+    require_tools,
+    run,
+)
 from bench.session import SESSIONS, Session
 
 if TYPE_CHECKING:
@@ -163,6 +171,7 @@ def main(given: Sequence[str] | None = None) -> int:
     sessions: list[Session] = []
     try:
         require_tools()
+        build_shim()
         print("\n".join(report.machine()), flush=True)
         wanted = [[n for n in names if n in arguments.arms] for names in SESSIONS]
         sessions += [Session(names) for names in wanted if names]

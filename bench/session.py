@@ -16,13 +16,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.load import Arm, LoadError, family, patiently
+from bench.load import Arm, LoadError, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,29 +55,36 @@ class Session:
             )
 
     def arms(self) -> list[Arm]:
-        """Wait until all arms answer; return them."""
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith(READY):
-                return [_arm(fields) for fields in json.loads(line[len(READY) :])]
+        """Wait, bounded, until all arms answer; return them."""
+        too_late = threading.Timer(START_S, self._process.kill)
+        too_late.start()
+        try:
+            assert self._process.stdout
+            for line in self._process.stdout:
+                if line.startswith(READY):
+                    return [_arm(fields) for fields in json.loads(line[len(READY) :])]
+        finally:
+            too_late.cancel()
         raise LoadError(
             f"a Ray session did not start:\n{self._log.read_text()[-3000:]}"
         )
 
     def stop(self) -> None:
         """End the session and every process in it."""
-        started = family([self._process.pid])
         assert self._process.stdin
         self._process.stdin.close()
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        # A process that outlived its session would disturb the next measurement.
-        for pid in started:
-            if self._home.name in _environ(pid):
-                os.kill(pid, signal.SIGKILL)
-        self._home.cleanup()
+            self._process.wait()
+        # What outlives its session (it has the session's own home) must not disturb.
+        for entry in Path("/proc").glob("[0-9]*"):
+            if self._home.name in _environ(entry):
+                with suppress(ProcessLookupError):
+                    os.kill(int(entry.name), signal.SIGKILL)
+        with suppress(OSError):
+            self._home.cleanup()
 
 
 def _arm(fields: dict[str, Any]) -> Arm:
@@ -84,9 +92,9 @@ def _arm(fields: dict[str, Any]) -> Arm:
     return Arm(**fields)
 
 
-def _environ(pid: int) -> str:
+def _environ(process: Path) -> str:
     try:
-        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+        return (process / "environ").read_text(errors="replace")
     except OSError:
         return ""
 

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 POLICIES = Path(__file__).parents[1] / "examples/policies"
 CLI = "spiffe://dev.ztserve.internal/ns/dev/sa/cli"
-SERVICE = "spiffe://dev.ztserve.internal/ns/ml-inference/sa/inference-service"
 
 Stage = tuple[str, str, Callable[[], object]]
 """Once a connection or a call; its name; what to measure."""
@@ -121,14 +120,14 @@ def _rooms(served: Served, log: Log) -> list[Stage]:
     validator = Validator(
         Digits.inputs, model="digits", max_rows=1024, max_bytes=8 << 20
     )
-    net, text = network(), None
+    net = network()
     runner = Runner(
         lambda pixels: net(pixels).softmax(dim=1),
         inputs=Digits.inputs,
         outputs=Digits.outputs,
         batch=Digits.batch,
     )
-    release = OutputFilter(Digits.outputs, text=text, max_bytes=16 << 20)
+    release = OutputFilter(Digits.outputs, text=None, max_bytes=16 << 20)
     request = codec.request(message)
     inputs = validator.check(request)
 
@@ -206,7 +205,7 @@ def measure(stage: Callable[[], object], seconds: float) -> float:
 def main(given: Sequence[str] | None = None) -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.stages")
-    parser.add_argument("--quick", action="store_true", help="0.2 s a stage, not 2")
+    parser.add_argument("--quick", action="store_true", help="0.2 s a stage, not 2 s")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)

@@ -147,13 +147,16 @@ def _seen(path: Path, before: dict[Path, int]) -> int:
 
 
 def _summary(record: dict[str, Any]) -> str:
-    if record["class_uid"] == 6003:
-        who = record["actor"]["user"]["uid"].partition("/ns/")[2]
-        notes = "".join(f"; {note}" for note in record["unmapped"]["notes"])
-        return f"#{record['seq']} {who}: {record['status_detail']}{notes}"
-    facts = record.get("unmapped") or record
-    kept = ("activity_name", "status_code", "status_detail", "reason", "count", "cause")
-    told = {**record, **facts}
-    return f"#{record['seq']} " + ", ".join(
-        str(told[key]) for key in kept if told.get(key)
-    )
+    """Say in a line what a record says."""
+    unmapped = record.get("unmapped", {})
+    who = record.get("actor", {}).get("user", {}).get("uid", "").partition("/ns/")[2]
+    facts = [
+        record.get("activity_name"),
+        who,
+        record.get("status_code") or unmapped.get("status_code"),
+        record.get("status_detail") or unmapped.get("status_detail"),
+        unmapped.get("reason"),
+        *unmapped.get("notes", ()),
+        f"x{record['count']}" if "count" in record else None,
+    ]
+    return f"#{record['seq']} " + "; ".join(str(fact) for fact in facts if fact)

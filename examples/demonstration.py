@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from examples.gateway_client import GatewayClient
@@ -250,9 +251,8 @@ def refused(settings: config.Settings) -> list[bool]:
     with console.status("trying"):
         for refusal, record in attempts(settings, OPTIONS):
             held.append(bool(refusal.saw and record))
-            table.add_row(
-                _mark(held[-1]), refusal.title, refusal.saw, record or "no record"
-            )
+            told = (refusal.title, refusal.saw, record or "no record")
+            table.add_row(_mark(held[-1]), *map(escape, told))
     console.print(table)
     return held
 

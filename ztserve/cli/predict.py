@@ -45,6 +45,7 @@ def run(chosen: argparse.Namespace) -> int:
             source=source,
             directory=f"{settings.directory.host}:{settings.directory.port}",
             directory_id=settings.directory_id,
+            timeout_s=chosen.timeout_s,
         ) as client,
     ):
         if chosen.example:

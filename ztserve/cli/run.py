@@ -10,7 +10,7 @@ from typing import Any
 
 from ztserve import config
 from ztserve.errors import ConfigError
-from ztserve.serving.cluster import attached, deploy, replicas
+from ztserve.serving.cluster import attached, deploy, ray_address, replicas
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Serve, say where, wait, and stop cleanly."""
     settings = config.load()
+    # First: a mistake in it shows at once, and replicas import it from where we did.
+    app = load(chosen.app)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with attached(chosen.address, num_cpus=chosen.num_cpus):
-        deploy(load(chosen.app))
+        deploy(app)
         for key, endpoints in replicas(settings):
             for endpoint in endpoints:
                 print(f"{key} at {endpoint.address}")
@@ -38,6 +40,7 @@ def run(chosen: argparse.Namespace) -> int:
             print(f"  identity {settings.spiffe_id(service)}")
             print(f"  policy   {', '.join(map(str, settings.authorization.policies))}")
             print(f"  call it  ztserve predict {service} --example")
+            print(f"  see it   ztserve status --address {ray_address()}")
         print("serving; Ctrl-C stops it", flush=True)
         try:
             stop.wait()

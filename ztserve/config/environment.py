@@ -5,6 +5,7 @@ belong to libraries.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 
 
@@ -29,7 +30,11 @@ def before_ray() -> None:
     Without token authentication whoever reaches a port of Ray can run code in every
     replica; without the variable a second shell cannot attach.
     """
-    default_environment({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"})
+    default_environment({"RAY_USAGE_STATS_ENABLED": "0"})
+    if "ray" not in sys.modules:
+        # Ray reads it once. Set later it would reach Ray's children only, which could
+        # not talk to this process then; `ray.init` sees to it in time by itself.
+        default_environment({"RAY_AUTH_MODE": "token"})
 
 
 def default_environment(values: Mapping[str, str]) -> None:

@@ -40,18 +40,22 @@ def attached(
     What was started here ends with the block.
     """
     config.before_ray()
-    if config.ray_auth_mode() != "token":
+    if config.ray_auth_mode() not in ("", "token"):
         raise ConfigError("RAY_AUTH_MODE must be token: export RAY_AUTH_MODE=token")
     import ray
     from ray import serve
 
+    from ztserve.serving import ray_private
     from ztserve.serving.node import end
+
+    ray_private.enable_token_auth()
 
     settings = config.load()
     started = address is None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
-        address=address,
+        # Without "local" Ray would take any cluster that it finds, and we would end it.
+        address=address or "local",
         namespace="serve",
         num_cpus=num_cpus if started else None,
         include_dashboard=False if started else None,
@@ -75,6 +79,13 @@ def attached(
             # Before Serve: what follows it would ask on while it goes away.
             end(settings)
         ray.shutdown()
+
+
+def ray_address() -> str:
+    """Return where other processes attach to this Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def deploy(app: Any, name: str = "default") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -20,11 +21,21 @@ __all__ = [
     "Application",
     "controller_is_up",
     "deployment_of",
+    "enable_token_auth",
     "follow",
     "is_serve_request",
     "is_token_auth_enabled",
     "replica_options",
 ]
+
+
+def enable_token_auth() -> None:
+    """Have this process prove itself with a token, also if it knew Ray before.
+
+    Ray reads RAY_AUTH_MODE when it is imported, and not again.
+    """
+    if not is_token_auth_enabled():
+        _enable_token_auth()
 
 
 def is_serve_request() -> bool:

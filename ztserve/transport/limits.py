@@ -37,9 +37,7 @@ class Limits:
     max_stream_messages: int = 10_000
     """Request messages of one stream."""
     max_connection_age_s: float = 600.0
-    """A connection is renewed after this long; calls on it may finish first."""
-    max_connection_idle_s: float = 300.0
-    """A connection without calls is closed after this long."""
+    """A connection ends after this long, an idle one too; calls on it may finish."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

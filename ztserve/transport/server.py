@@ -193,7 +193,6 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", limits.max_message_bytes + SLACK_BYTES),
         ("grpc.max_connection_age_ms", _ms(limits.max_connection_age_s)),
         ("grpc.max_connection_age_grace_ms", _ms(longest_s + 1)),
-        ("grpc.max_connection_idle_ms", _ms(limits.max_connection_idle_s)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 30_000),

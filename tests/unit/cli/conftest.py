@@ -58,7 +58,7 @@ def weights(empty: Path) -> Path:
     """A directory with unsigned weights, beside the project."""
     folder = empty / "weights"
     folder.mkdir()
-    save_file({"w": np.full(4, 2, np.float32)}, folder / "model.safetensors")
+    save_file({"w": np.full(4096, 2, np.float32)}, folder / "model.safetensors")
     return folder
 
 

@@ -1,12 +1,16 @@
 import importlib
+import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
+import ztserve
 from ztserve.cli import VERBS, main
 from ztserve.cli.printing import printable
+
+HOME = Path(ztserve.__file__).parents[1]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -72,9 +76,7 @@ def test_a_refusal_is_one_sentence_and_code_2(ztserve, empty):
     (empty / "ztserve.toml").chmod(0o600)
     done = ztserve("config", "show")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("ztserve config: ztserve.toml: 'nonsense' is not") or (
-        done.err.startswith(f"ztserve config: {empty}/ztserve.toml: 'nonsense' is not")
-    )
+    assert done.err.startswith(f"ztserve config: {empty}/ztserve.toml: 'nonsense' is")
     assert done.err.count("\n") == 1
 
 
@@ -94,17 +96,17 @@ def test_an_interrupt_is_code_130(ztserve, empty, monkeypatch):
 
 
 def test_a_reader_that_goes_away_is_no_error(project):
-    head = "import sys; sys.stdin.readline()"
-    line = (
-        f"{sys.executable} -m ztserve.cli config show --json | "
-        f"{sys.executable} -c '{head}'; echo ${{PIPESTATUS[0]}}"
-    )
-    many = f"for i in 1 2 3; do {line}; done"
-    done = subprocess.run(
-        ["bash", "-c", many], capture_output=True, text=True, check=True
-    )
-    assert done.stderr == ""
-    assert set(done.stdout.split()) <= {"0", "141"}
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "ztserve.cli", "config", "show"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            cwd=HOME,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_what_could_drive_a_terminal_is_not_printed():
@@ -114,16 +116,22 @@ def test_what_could_drive_a_terminal_is_not_printed():
 
 def test_help_needs_none_of_the_rooms():
     """So that it comes at once: no numpy, no cryptography, no gRPC."""
-    code = (
-        "import sys, ztserve.cli\n"
-        "try: ztserve.cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'numpy', 'cryptography', 'grpc', 'ray', 'torch', 'rich', 'yaml'}\n"
-        "print('imported:', *sorted(heavy & set(sys.modules)))"
-    )
-    began = time.process_time()
+    code = """
+import sys, time, ztserve.cli
+try:
+    ztserve.cli.main(["--help"])
+except SystemExit:
+    pass
+heavy = {"numpy", "cryptography", "grpc", "ray", "torch", "rich", "yaml"}
+print(time.process_time(), *sorted(heavy & set(sys.modules)))
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=HOME,
+        check=True,
     )
-    assert done.stdout.splitlines()[-1] == "imported:"
-    assert time.process_time() - began < 0.4
+    seconds, *imported = done.stdout.splitlines()[-1].split()
+    assert imported == []
+    assert float(seconds) < 0.4
