@@ -24,6 +24,12 @@ fmt: $(STAMP)
 	$(VENV)/bin/ruff check -q --fix .
 	$(VENV)/bin/ruff format -q .
 
+# Generated code is committed; this makes it anew and fails if it differs.
+proto: $(STAMP)
+	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. \
+		proto/ztserve/transport/v1/*.proto
+	git diff --exit-code -- ztserve/transport/v1
+
 bench: $(STAMP)
 	$(PY) -m bench.request
 
