@@ -1,6 +1,7 @@
 """From settings to rooms: what replica, directory and gateway have in common."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ztserve import identity, transport
@@ -34,9 +35,16 @@ def obtain_identity(
             "SPIFFE_ENDPOINT_SOCKET=unix:///path/of/its/socket"
         )
     folder = agent_directory(settings)
-    if spiffe_id is not None:
-        identity.register(identity.admin_path(folder), spiffe_id, timeout_s=wait_s)
-    return identity.WorkloadSource(identity.workload_endpoint(folder), timeout_s=wait_s)
+    endpoint, admin = identity.workload_endpoint(folder), identity.admin_path(folder)
+    if spiffe_id is None:
+        return identity.WorkloadSource(endpoint, timeout_s=wait_s)
+    identity.register(admin, spiffe_id, timeout_s=wait_s)
+    return identity.WorkloadSource(
+        endpoint,
+        timeout_s=wait_s,
+        # An agent that was started anew knows nobody.
+        reconnecting=partial(identity.register, admin, spiffe_id, timeout_s=1.0),
+    )
 
 
 def _check_ours(

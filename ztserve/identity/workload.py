@@ -45,6 +45,10 @@ class WorkloadSource:
     after `read_identity`; a renewal that fails leaves the old identity until it
     expires. The identity is dropped, and `current` raises, when it expires or when the
     agent says that this process has none (Workload API, section 5.2.1).
+
+    `reconnecting` is called before each further connection: an agent that was started
+    anew may have to be told again who this process is. Where it raises IdentityError,
+    the connection is tried later.
     """
 
     def __init__(
@@ -52,11 +56,13 @@ class WorkloadSource:
         socket: str,
         *,
         timeout_s: float = 30.0,
+        reconnecting: Callable[[], None] = lambda: None,
         clock: Callable[[], datetime] = types.now,
     ) -> None:
         self.socket = socket
         self._path = wire.socket_path(socket)
         self._timeout_s = timeout_s
+        self._reconnecting = reconnecting
         self._clock = clock
         self._identity: Identity | None = None
         self._problem = _SILENT
@@ -120,9 +126,10 @@ class WorkloadSource:
 
     def _follow(self) -> None:
         pause = _FIRST_PAUSE_S
+        connect = self._responses
         while not self._closed.is_set():
             try:
-                for response in self._responses():
+                for response in connect():
                     self._take(response)
                     pause = _FIRST_PAUSE_S
                 self._note("it ended the stream")
@@ -134,6 +141,11 @@ class WorkloadSource:
             self._drop_expired()
             self._closed.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+            connect = self._further_responses
+
+    def _further_responses(self) -> Iterator[wire.X509SVIDResponse]:
+        self._reconnecting()
+        yield from self._responses()
 
     def _responses(self) -> Iterator[wire.X509SVIDResponse]:
         try:

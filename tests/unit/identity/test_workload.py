@@ -1,17 +1,19 @@
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 import grpc
 import pytest
 
 from ztserve import types
 from ztserve.errors import IdentityError
-from ztserve.identity import Agent, Rules, WorkloadSource
+from ztserve.identity import Agent, Rules, WorkloadSource, register
 from ztserve.identity.workload_api import X509SVIDResponse, socket_path
 from ztserve.testing import ThrowAwayAuthority
 
 ME = "spiffe://td.example/ns/a/sa/b"
+OTHER = "spiffe://td.example/ns/a/sa/other"
 
 
 class Clock:
@@ -235,3 +237,22 @@ def test_svids_of_the_agent_are_renewed_at_half_of_their_life(authority, private
         serials = {source.current().svid.serial}
         until(lambda: serials.add(source.current().svid.serial) or len(serials) == 2)
         assert agent.status()["issued"] == 2
+
+
+def test_a_process_tells_an_agent_that_was_started_anew_who_it_is(private):
+    rules = Rules(trust_domain="td.example", local_ids=(ME,), default_id=OTHER)
+    agents = [Agent(ThrowAwayAuthority("td.example"), private, rules) for _ in range(2)]
+    agents[0].start()
+    introduce = partial(register, agents[0].admin_socket, ME, timeout_s=1)
+    introduce()
+    with WorkloadSource(
+        agents[0].socket, timeout_s=20, reconnecting=introduce
+    ) as source:
+        before = source.current()
+        agents[0].stop()
+        agents[1].start()
+        try:
+            until(lambda: source.current().bundles != before.bundles)
+            assert source.current().svid.id == before.svid.id == ME
+        finally:
+            agents[1].stop()

@@ -106,14 +106,13 @@ def test_the_address_speaks_mutual_tls_and_nothing_else(two):
             assert answer_to(plain)[:1] in (b"", b"\x15")  # at most a TLS alert
         with anyone.wrap_socket(connected(served.address)) as tls:
             assert tls.version() == "TLSv1.3"
-            with pytest.raises(ssl.SSLError, match="certificate"):
-                tls.recv(1)  # TLS 1.3 tells of a missing certificate here
+            assert answer_to(tls) == b""  # TLS 1.3 tells of a lacking certificate late
 
 
-def answer_to(plain):
+def answer_to(connection):
     try:
-        return plain.recv(64)
-    except ConnectionResetError:
+        return connection.recv(64)
+    except (ConnectionResetError, ssl.SSLError):
         return b""
 
 
@@ -200,7 +199,7 @@ def test_a_model_that_is_not_there_is_said_so(two, tmp_path):
     ):
         raise AssertionError
     with (
-        pytest.raises(ConfigError, match="pass serve.*with its weights"),
+        pytest.raises(ConfigError, match=r"pass serve.*with its weights"),
         serve(Double),
     ):
         raise AssertionError
