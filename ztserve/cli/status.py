@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from ztserve import config
 from ztserve.cli import show
+from ztserve.cli.printing import printable
 from ztserve.serving.cluster import attached, replicas, statuses
 
 
@@ -30,7 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
         return 0
     for row in rows:
         if row.why:
-            print(f"{row.deployment}: {row.why}")
+            print(printable(f"{row.deployment}: {row.why}"))
     show.table(
         "deployments",
         ("app", "deployment", "state", "replicas"),

@@ -7,6 +7,7 @@ replica of it.
 """
 
 import asyncio
+import logging
 import os
 import traceback
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from ztserve.serving.replica import Plan, Replica
 
 if TYPE_CHECKING:
     from ztserve.serving.deployment import ZTDeployment
+
+_LOG = logging.getLogger("ray.serve")  # what Serve shows of a replica
 
 _HEARD_S = 0.5
 """How long callers have to hear from the directory that a replica is leaving."""
@@ -63,6 +66,12 @@ class Shell:
                 _start, self.deployment(), plan, args, kwargs
             )
             self._meter = Meter(self._node.key)
+            _LOG.info(
+                "%s answers verified callers over mTLS at %s; Serve's own proxy "
+                "reaches nothing of it",
+                self._node.key,
+                self._replica.address,
+            )
         except ZTServeError as error:
             traceback.print_exc()
             raise StartupRefused(str(error)) from error.with_traceback(None)

@@ -75,6 +75,7 @@ def test_without_an_agent_it_says_so(ztserve, project):
     assert done.code == 2
     assert "is the agent running?" in done.err
     assert not (project / "out").exists()
+    config.agent_directory(config.load()).rmdir()  # empty, and under /tmp
 
 
 def test_a_process_that_holds_a_key_is_closed_to_others(ztserve, project, agent):
