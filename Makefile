@@ -32,6 +32,7 @@ proto: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m bench.request
+	$(PY) -m bench.stages
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
