@@ -27,9 +27,9 @@ def run(chosen: argparse.Namespace) -> int:
     settings = config.load()
     # First: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with attached(chosen.address, num_cpus=chosen.num_cpus):
+        # Only now: Ray has put a handler of its own there, which aborts the process.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         deploy(app)
         for key, endpoints in replicas(settings):
             for endpoint in endpoints:
@@ -43,7 +43,7 @@ def run(chosen: argparse.Namespace) -> int:
             print(f"  see it   ztserve status --address {ray_address()}")
         print("serving; Ctrl-C stops it", flush=True)
         try:
-            stop.wait()
+            threading.Event().wait()
         except KeyboardInterrupt:
             print("stopping")
     return 0
