@@ -1,8 +1,10 @@
 """Processes as /proc shows them: who is whose child, and what lies in their memory."""
 
+import ipaddress
 import os
 import re
 import signal
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +101,16 @@ def listening(members: set[Process]) -> dict[str, str]:
             _, local, _, state, *rest = line.split()
             if state == "0A" and rest[5] in sockets:
                 host, port = local.split(":")
-                open_now[f"{host}:{int(port, 16)}"] = sockets[rest[5]]
+                open_now[f"{_host(host)}:{int(port, 16)}"] = sockets[rest[5]]
     return open_now
+
+
+def _host(text: str) -> str:
+    """An address as /proc/net writes it: 32-bit words of the host's byte order."""
+    words = struct.unpack(f">{len(text) // 8}I", bytes.fromhex(text))
+    raw = struct.pack(f"={len(words)}I", *words)
+    address = ipaddress.ip_address(raw)
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _stat(pid: int) -> tuple[int, int] | None:

@@ -8,7 +8,6 @@ replica of it.
 
 import asyncio
 import gc
-import gc
 import logging
 import os
 import traceback

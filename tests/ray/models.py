@@ -1,0 +1,49 @@
+"""Deployments to be tried; here, and not in a test, so that replicas can import them."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from examples.digits import Digits
+from ztserve import TensorSpec, TextSpec, ZTDeployment
+
+LONGEST_S = 60.0
+
+
+class Gated(ZTDeployment):
+    """Answers once there is the file that the call names."""
+
+    inputs = (TextSpec("gate", max_chars=1024),)
+    outputs = (TensorSpec("pid", "INT64", (-1,)),)
+
+    def predict(self, gate: str):
+        until = time.monotonic() + LONGEST_S
+        while not Path(gate).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return np.array([os.getpid()], dtype=np.int64)
+
+
+class Busy(Gated):
+    """The same, scaled by its load."""
+
+
+class Unruly(Gated):
+    """The same, under a policy that nobody understands."""
+
+
+class Patient(Digits):
+    """Digits under a name of its own, for a registry that is away."""
+
+    service = "patient"
+
+
+class Listener(ZTDeployment):
+    """Takes a text and says how long it is."""
+
+    inputs = (TextSpec("said", max_chars=65536),)
+    outputs = (TensorSpec("length", "INT64", (-1,)),)
+
+    def predict(self, said: str):
+        return np.array([len(said)], dtype=np.int64)
