@@ -5,6 +5,7 @@ It speaks HTTPS with a client certificate, and the Open Inference Protocol's JSO
 
 import json
 import os
+import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from http.client import HTTPSConnection
@@ -83,6 +84,8 @@ class _Named(HTTPSConnection):
         self.sock = self._create_connection(  # type: ignore[attr-defined]
             (self.host, self.port), self.timeout
         )
+        # A request is two writes; the second must not wait for an answer to the first.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name)
 
 

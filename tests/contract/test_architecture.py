@@ -74,7 +74,8 @@ def test_private_names_of_ray_are_imported_in_one_module_only():
         path.name
         for path in MODULES
         for name in imported_by(path)
-        if name.split(".")[0] == "ray" and any(p.startswith("_") for p in name.split("."))
+        if name.split(".")[0] == "ray"
+        and any(p.startswith("_") for p in name.split("."))
     }
     assert offenders == {"ray_private.py"}
 
@@ -112,7 +113,10 @@ def test_every_error_is_in_the_tree_and_survives_pickling(cls):
 
 def test_the_caller_is_told_the_public_sentence_only():
     error = errors.Denied("this identity may not do this", "rule 3 of policy x")
-    assert (error.public, str(error)) == ("this identity may not do this", "rule 3 of policy x")
+    assert (error.public, str(error)) == (
+        "this identity may not do this",
+        "rule 3 of policy x",
+    )
 
 
 # --- imports ----------------------------------------------------------------------

@@ -65,6 +65,14 @@ def cluster(project):
 
 
 @pytest.fixture(scope="session")
+def models(cluster):
+    """The deployments that tests make up, imported when all is set for Ray."""
+    from tests.ray import models
+
+    return models
+
+
+@pytest.fixture(scope="session")
 def digits(cluster):
     """digits, two replicas."""
     from examples.digits import Digits

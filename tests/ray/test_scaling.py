@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ray.models import Busy, Gated, Patient, Unruly
 from ztserve import audit, config, transport
 from ztserve.errors import Overloaded
 from ztserve.serving import cluster
@@ -83,7 +82,7 @@ class Callers:
         assert not any(thread.is_alive() for thread in self.threads)
 
 
-def test_replicas_follow_the_load_of_direct_calls(digits, developer, tmp_path):
+def test_replicas_follow_the_load_of_direct_calls(models, digits, developer, tmp_path):
     gate = tmp_path / "gate"
     scaled = {
         "min_replicas": 1,
@@ -94,7 +93,7 @@ def test_replicas_follow_the_load_of_direct_calls(digits, developer, tmp_path):
         "upscale_delay_s": 0.2,
         "downscale_delay_s": 0.2,
     }
-    app = Busy.options(autoscaling_config=scaled, **OPTIONS).bind()
+    app = models.Busy.options(autoscaling_config=scaled, **OPTIONS).bind()
     with serving(app, "busy"), calling(digits, developer, "busy") as client:
         eventually(lambda: len(places(digits, "busy")) == 1)
         callers = Callers(lambda: client.infer({"gate": str(gate)}, timeout_s=60), 8)
@@ -108,16 +107,20 @@ def test_replicas_follow_the_load_of_direct_calls(digits, developer, tmp_path):
         callers.finish()
         second.finish()
         assert (callers.errors, second.errors) == ([], [])
-        answered = {int(answer["pid"][0]) for answer in callers.answers + second.answers}
+        answered = {
+            int(answer["pid"][0]) for answer in callers.answers + second.answers
+        }
         assert len(answered) == 2, "the second replica took its share"
         began = time.monotonic()
         eventually(lambda: len(places(digits, "busy")) == 1)
         print(f"1 to 2 in {grown:.1f} s, back in {time.monotonic() - began:.1f} s")
 
 
-def test_a_full_queue_is_overloaded_and_loses_nothing(digits, developer, tmp_path):
+def test_a_full_queue_is_overloaded_and_loses_nothing(
+    models, digits, developer, tmp_path
+):
     gate = tmp_path / "gate"
-    app = Gated.options(max_ongoing_requests=3, max_queued=2, **OPTIONS).bind()
+    app = models.Gated.options(max_ongoing_requests=3, max_queued=2, **OPTIONS).bind()
     with serving(app, "gated"), calling(digits, developer, "gated") as client:
         callers = Callers(lambda: client.infer({"gate": str(gate)}, timeout_s=60), 12)
         eventually(lambda: len(callers.errors) == 7)
@@ -139,7 +142,9 @@ def test_a_full_queue_is_overloaded_and_loses_nothing(digits, developer, tmp_pat
         assert client.infer({"gate": str(gate)})["pid"].shape == (1,)
 
 
-def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(digits, project):
+def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(
+    models, digits, project
+):
     policy = project / "policies" / "unruly.yaml"
     policy.write_text(
         "apiVersion: security.istio.io/v1\n"
@@ -152,7 +157,7 @@ def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(digits, p
     )
     policy.chmod(0o644)
     with naming(project, "unruly.yaml"):
-        app = Unruly.options(**OPTIONS).bind()
+        app = models.Unruly.options(**OPTIONS).bind()
     seen, done = set(), threading.Event()
 
     def watch():
@@ -177,7 +182,7 @@ def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(digits, p
     for said in (str(refused.value), status.why):
         assert said.startswith("ConfigError: ")
         assert "unruly.yaml" in said
-        assert "'form'" in said
+        assert "unknown field (did you mean 'from'?)" in said
         assert "Traceback" not in said
     assert status.state in ("UNHEALTHY", "DEPLOY_FAILED")
     assert not [counts for counts in seen if "RUNNING" in counts], seen
@@ -193,7 +198,8 @@ def naming(project, policy):
     before = toml.read_text()
     toml.write_text(
         before.replace(
-            '"policies/developer.yaml"', f'"policies/developer.yaml", "policies/{policy}"'
+            '"policies/developer.yaml"',
+            f'"policies/developer.yaml", "policies/{policy}"',
         )
     )
     try:
@@ -202,10 +208,10 @@ def naming(project, policy):
         toml.write_text(before)
 
 
-def test_a_registry_that_is_away_is_waited_for(digits, developer):
+def test_a_registry_that_is_away_is_waited_for(models, digits, developer):
     registry = Path(digits.artifacts.registry)
     aside = registry.with_name("aside")
-    app = Patient.options(model="digits:1", **OPTIONS).bind()
+    app = models.Patient.options(model="digits:1", **OPTIONS).bind()
     failures = []
 
     def start():
@@ -242,13 +248,13 @@ def test_a_registry_that_is_away_is_waited_for(digits, developer):
 
 
 def test_a_model_that_the_registry_does_not_have_is_waited_for_no_longer_than_said(
-    digits, project
+    models, digits, project
 ):
     toml = project / config.FILE
     before = toml.read_text()
     toml.write_text(before.replace("[artifacts]", "[artifacts]\nwait_s = 1.0", 1))
     try:
-        app = Patient.options(model="digits:none", **OPTIONS).bind()
+        app = models.Patient.options(model="digits:none", **OPTIONS).bind()
     finally:
         toml.write_text(before)
     began = time.monotonic()

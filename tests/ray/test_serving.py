@@ -173,7 +173,10 @@ def test_a_rolling_update_to_a_good_version_fails_no_call(client, digits):
 
     before = set(replicas(digits))
     with Load(client) as load:
-        deploy(Digits.options(num_replicas=2, model="digits:1", **OPTIONS).bind(), name="digits")
+        deploy(
+            Digits.options(num_replicas=2, model="digits:1", **OPTIONS).bind(),
+            name="digits",
+        )
         eventually(lambda: len(set(replicas(digits)) - before) == 2)
     assert load.failed == []
     assert len(load.answered) > 50
@@ -210,7 +213,9 @@ def test_kill_nine_loses_no_acknowledged_call_and_the_replica_is_replaced(
     assert len(failed) <= 32, failed[:3]
     released = [r for r in records(digits) if r.get("status") == "released"]
     assert len(released) - before_count >= len(acknowledged) > 100
-    print(f"replaced in {took:.1f} s; {len(failed)} of {len(acknowledged)} calls failed")
+    print(
+        f"replaced in {took:.1f} s; {len(failed)} of {len(acknowledged)} calls failed"
+    )
     assert took < 30
 
 
@@ -260,6 +265,7 @@ def allow(project, policy):
     toml = project / config.FILE
     toml.write_text(
         toml.read_text().replace(
-            '"policies/developer.yaml"', f'"policies/developer.yaml", "policies/{policy}"'
+            '"policies/developer.yaml"',
+            f'"policies/developer.yaml", "policies/{policy}"',
         )
     )

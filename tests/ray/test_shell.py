@@ -114,7 +114,9 @@ def by_ztserve_run(shell):
 
 
 def test_ztserve_run_says_where_what_who_and_how(shell, by_ztserve_run):
-    at = by_ztserve_run.says(r"^ml-inference/inference-service at (127\.0\.0\.1:\d+)$")[1]
+    at = by_ztserve_run.says(r"^ml-inference/inference-service at (127\.0\.0\.1:\d+)$")[
+        1
+    ]
     digest = by_ztserve_run.says(r"^  digest +(sha256:[0-9a-f]{64})$")[1]
     by_ztserve_run.says(rf"^  identity +{SERVICE}$")
     by_ztserve_run.says(r"^  model +digits:1$")
@@ -199,9 +201,10 @@ def test_all_is_well_again_after_the_agent_was_killed(shell, by_ztserve_run):
     anew = json.loads(shell.run(*ZTSERVE, "agent", "status", "--json"))
     assert anew["pid"] != agent["pid"]
     known = {entry["pid"]: entry["id"] for entry in agent["registrations"]}
-    assert known.items() <= {
-        entry["pid"]: entry["id"] for entry in anew["registrations"]
-    }.items(), "the same processes go on, and none had to be started anew"
+    assert (
+        known.items()
+        <= {entry["pid"]: entry["id"] for entry in anew["registrations"]}.items()
+    ), "the same processes go on, and none had to be started anew"
 
 
 def test_the_agent_stops_when_it_is_told_to(shell, by_ztserve_run):
@@ -262,7 +265,9 @@ def test_a_config_file_is_deployed_shown_and_shut_down(shell, head):
     there = ("--address", head.dashboard)
     shell.run(SERVE, "deploy", *there, str(config), **token)
     until = time.monotonic() + 90
-    while "status: RUNNING" not in (said := shell.run(SERVE, "status", *there, **token)):
+    while "status: RUNNING" not in (
+        said := shell.run(SERVE, "status", *there, **token)
+    ):
         assert "FAILED" not in said, said
         assert time.monotonic() < until, said
     assert "RUNNING: 2" in said
