@@ -1,4 +1,4 @@
-"""Deployments to be tried; here, and not in a test, so that replicas can import them."""
+"""Deployments to be tried: in a module that replicas can import."""
 
 import os
 import time

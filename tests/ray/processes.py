@@ -45,21 +45,21 @@ class Process:
     def memory(self) -> Iterator[bytes]:
         """All that it can write to, in overlapping pieces. Raises PermissionError."""
         maps = self._read("maps").decode(errors="replace")
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+        with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
             for line in maps.splitlines():
                 span, rights, *_ = line.split(maxsplit=2)
                 if rights.startswith("rw") and "plasma" not in line:
                     yield from _span(memory, *(int(end, 16) for end in span.split("-")))
 
     def object_store(self) -> Iterator[bytes]:
-        """The shared memory that a raylet holds open, where there is something in it."""
+        """The shared memory that a raylet holds open, where something is in it."""
         for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
-                name = os.readlink(descriptor)
+                name = str(descriptor.readlink())
             except OSError:
                 continue
             if "plasma" in name and name.startswith("/"):
-                with open(descriptor, "rb", buffering=0) as file:
+                with descriptor.open("rb", buffering=0) as file:
                     yield from _filled(file)
 
     def _read(self, name: str) -> bytes:
@@ -90,7 +90,7 @@ def listening(members: set[Process]) -> dict[str, str]:
     for process in members:
         try:
             for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-                name = os.readlink(descriptor)
+                name = str(descriptor.readlink())
                 if found := re.fullmatch(r"socket:\[(\d+)\]", name):
                     sockets[found[1]] = process.command()
         except OSError:

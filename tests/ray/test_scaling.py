@@ -82,7 +82,9 @@ class Callers:
         assert not any(thread.is_alive() for thread in self.threads)
 
 
-def test_replicas_follow_the_load_of_direct_calls(models, digits, developer, tmp_path):
+def test_replicas_follow_the_load_of_direct_calls(
+    models, digits, developer, tmp_path, record_property
+):
     gate = tmp_path / "gate"
     scaled = {
         "min_replicas": 1,
@@ -113,7 +115,8 @@ def test_replicas_follow_the_load_of_direct_calls(models, digits, developer, tmp
         assert len(answered) == 2, "the second replica took its share"
         began = time.monotonic()
         eventually(lambda: len(places(digits, "busy")) == 1)
-        print(f"1 to 2 in {grown:.1f} s, back in {time.monotonic() - began:.1f} s")
+        record_property("grown_s", grown)
+        record_property("shrunk_s", time.monotonic() - began)
 
 
 def test_a_full_queue_is_overloaded_and_loses_nothing(
@@ -143,7 +146,7 @@ def test_a_full_queue_is_overloaded_and_loses_nothing(
 
 
 def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(
-    models, digits, project
+    models, digits, project, record_property
 ):
     policy = project / "policies" / "unruly.yaml"
     policy.write_text(
@@ -187,7 +190,7 @@ def test_a_policy_that_is_not_understood_keeps_a_replica_from_starting(
     assert status.state in ("UNHEALTHY", "DEPLOY_FAILED")
     assert not [counts for counts in seen if "RUNNING" in counts], seen
     assert places(digits, "unruly") == ()
-    print(f"refused in {took:.1f} s")
+    record_property("refused_s", took)
     assert took < 30
 
 

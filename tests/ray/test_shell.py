@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
