@@ -17,7 +17,7 @@
     │   ├── Overloaded              a limit on calls or bytes in flight is reached
     │   ├── DeadlineExceeded        the caller's deadline passed
     │   ├── Cancelled               the caller went away
-    │   ├── Unavailable             no replica could take the call; it surely did not run
+    │   ├── Unavailable             no replica took the call; it surely did not run
     │   ├── Interrupted             the connection broke; the call may have run
     │   └── Withheld                the output may not leave
     └── InferenceError              the model's own code failed; told to the audit only

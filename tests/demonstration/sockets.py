@@ -16,6 +16,7 @@ from examples.gateway_client import ssl_context
 from ztserve import Client, config
 from ztserve.identity import dns_name
 
+
 def listening() -> list[tuple[str, int, int]]:
     """(bind address, port, pid) of each TCP socket."""
     lines = subprocess.run(
@@ -98,7 +99,10 @@ def main() -> int:
     for host, port, pid in listening():
         address, owner = f"{host}:{port}", command(pid) if pid else "?"
         if address in doors:
-            kind, held = f"mTLS replica of {doors[address]}", refuses_strangers(host, port)
+            kind, held = (
+                f"mTLS replica of {doors[address]}",
+                refuses_strangers(host, port),
+            )
         elif address == directory:
             kind, held = "mTLS directory", refuses_strangers(host, port)
         elif port == settings.gateway.port:

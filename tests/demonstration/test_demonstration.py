@@ -49,7 +49,9 @@ def demonstration(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demonstration")
     output = folder / "output"
     env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ZTSERVE"))},
+        **{
+            k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ZTSERVE"))
+        },
         "HOME": str(folder),
         "PYTHONUNBUFFERED": "1",
     }

@@ -8,7 +8,7 @@ import pytest
 
 from examples.digits import Digits
 from examples.refusals import Door, LetInError, tamper, weights, wire
-from ztserve.artifacts import TrustPolicy, loader, publish, verify_model
+from ztserve.artifacts import loader, publish
 from ztserve.errors import VerificationError
 from ztserve.testing import serve
 

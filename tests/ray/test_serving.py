@@ -232,8 +232,8 @@ def _pids(settings):
 def test_composition_is_denied_without_its_policy_and_allowed_with_it(
     digits, developer, project
 ):
-    from examples.pipeline import Preprocess
     from examples.digits import Digits
+    from examples.pipeline import Preprocess
 
     with transport.Client(
         "ml-inference/preprocess",

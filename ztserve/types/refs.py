@@ -25,8 +25,8 @@ class ModelRef:
         match = _REF.match(self.text)
         if not (match and not (match["alias"] and match["version"])):
             raise ConfigError(
-                f"model reference {self.text!r}: expected name[:version], name@alias or "
-                "name[:version]@sha256:<64 hex digits>, all in lower case"
+                f"model reference {self.text!r}: expected name[:version], name@alias "
+                "or name[:version]@sha256:<64 hex digits>, all in lower case"
             )
 
     def _part(self, group: str) -> str | None:
