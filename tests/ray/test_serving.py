@@ -235,6 +235,8 @@ def test_composition_is_denied_without_its_policy_and_allowed_with_it(
     from examples.digits import Digits
     from examples.pipeline import Preprocess
 
+    from ray import serve
+
     with transport.Client(
         "ml-inference/preprocess",
         source=developer,
@@ -242,6 +244,8 @@ def test_composition_is_denied_without_its_policy_and_allowed_with_it(
         directory_id=digits.directory_id,
     ) as client:
         image = np.full((1, 8, 8), 128, np.uint8)
+        # What is left is the pipeline's own replicas, with their own policies.
+        serve.delete("digits")
         inner = Digits.options(model="digits:1", **OPTIONS)
         deploy(Preprocess.options(**OPTIONS).bind(inner.bind()), name="pipeline")
         with pytest.raises((InferenceError, CallError)) as denied:

@@ -6,19 +6,19 @@ from dataclasses import asdict
 from ztserve import config
 from ztserve.cli import show
 from ztserve.cli.printing import printable
-from ztserve.serving.cluster import attached, replicas, statuses
+from ztserve.serving.cluster import attached, noted_address, replicas, statuses
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--address", default="auto", help="of the Ray cluster")
+    parser.add_argument("--address", help="of the Ray cluster (default: that of `run`)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Ask Serve; what could not start comes first, with its own sentence."""
     settings = config.load()
-    with attached(chosen.address):
+    with attached(chosen.address or noted_address(settings)):
         rows = statuses()
         places = replicas(settings)
     if chosen.json:

@@ -71,14 +71,30 @@ def attached(
             serve.start(
                 proxy_location="Disabled", logging_config={"enable_access_log": False}
             )
+            _note(settings, ray_address())
         yield
     finally:
         if started:
             for name in list(serve.status().applications):
                 serve.delete(name)
+            _note(settings, "")
             # Before Serve: what follows it would ask on while it goes away.
             end(settings)
         ray.shutdown()
+
+
+def noted_address(settings: config.Settings) -> str:
+    """Return the address of the Ray that runs this project; "auto" if not known."""
+    try:
+        return (settings.state / "cluster").read_text() or "auto"
+    except FileNotFoundError:
+        return "auto"
+
+
+def _note(settings: config.Settings, address: str) -> None:
+    """Keep where a second shell finds this Ray, among others on the machine."""
+    settings.state.mkdir(mode=0o700, exist_ok=True)
+    (settings.state / "cluster").write_text(address)
 
 
 def ray_address() -> str:
