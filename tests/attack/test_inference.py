@@ -297,3 +297,27 @@ def test_an_input_on_which_the_model_exits_takes_no_thread_of_the_server():
             with pytest.raises(InferenceError):
                 served.client.infer({"x": [[1.0]]}, timeout_s=10)
         assert served.client.ready(timeout_s=10)
+
+
+class Panic(BaseException):
+    """What a Rust extension raises: no Exception."""
+
+
+@pytest.mark.parametrize("batch", [None, Batch(8)])
+def test_a_panic_of_the_model_fails_its_own_call_and_no_other(batch):
+    def predict(x):
+        if (x == 13).any():
+            raise Panic("index out of bounds")
+        return x
+
+    spec = TensorSpec("x", "FP32", (-1, 1))
+    runner = Runner(predict, inputs=(spec,), outputs=(spec,), batch=batch)
+
+    def ask(value):
+        inputs = Inputs({"x": np.full((1, 1), value, np.float32)}, rows=1)
+        with runner.admit() as place:
+            return place.run(a_call(), inputs).values["x"].tolist()
+
+    with pytest.raises(InferenceError, match="Panic: index out of bounds"):
+        ask(13)
+    assert ask(1) == [[1]]

@@ -232,10 +232,10 @@ def _pids(settings):
 def test_composition_is_denied_without_its_policy_and_allowed_with_it(
     digits, developer, project
 ):
+    from ray import serve
+
     from examples.digits import Digits
     from examples.pipeline import Preprocess
-
-    from ray import serve
 
     with transport.Client(
         "ml-inference/preprocess",

@@ -163,7 +163,7 @@ def call(record: "Record") -> str:
         f',"api":{{"operation":{text(it.operation.title)}'
         f',"request":{{"uid":{text(it.id, 128)}}}}}'
         f',"unmapped":{{"caller":{caller},{served}'
-        f',"request_id":{text(record.request_id, 256)},"rows":{int(record.rows)}'
+        f',"request_id":{text(record.request_id, 64)},"rows":{int(record.rows)}'
         f',"bytes_in":{int(record.bytes_in)},"bytes_out":{int(record.bytes_out)}'
         f',"findings":{{{findings}}},"stages_us":{{{stages}}}'
         f',"total_us":{int(record.seconds() * 1e6)},"notes":[{notes}]}}'

@@ -112,7 +112,8 @@ class Log:
     def _write(self, record: Record) -> None:
         principal = record.call.peer.id
         refused = record.outcome in ("refused", "cancelled")
-        if refused and self._counted(principal, record.error):
+        # A stream that began has a line already; what left with it must have its end.
+        if refused and not record.announced and self._counted(principal, record.error):
             return
         if record.outcome == "unfinished":
             # Not counted where it fails: the end of the call is still to come.

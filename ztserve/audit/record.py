@@ -20,10 +20,10 @@ class Record:
     """
 
     __slots__ = (
-        "_announced",
         "_begun",
         "_stage_begun",
         "_write",
+        "announced",
         "bytes_in",
         "bytes_out",
         "call",
@@ -43,7 +43,7 @@ class Record:
 
     def __init__(self, call: Call, write: Callable[["Record"], None]) -> None:
         self._begun = self._stage_begun = perf_counter()
-        self._announced = False
+        self.announced = False
         self._write = write
         self.call = call
         self.outcome: Outcome = "unfinished"
@@ -94,8 +94,8 @@ class Record:
         if last:
             self.outcome = "released"
             self.stage("filtering")
-        elif not self._announced:
-            self._announced = True
+        elif not self.announced:
+            self.announced = True
             self._write(self)
 
     def described(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ztserve import config
 from ztserve.errors import ConfigError
-from ztserve.serving.cluster import attached, deploy, ray_address, replicas
+from ztserve.serving.cluster import attached, deploy, replicas
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(chosen: argparse.Namespace) -> int:
             print(f"  identity {settings.spiffe_id(service)}")
             print(f"  policy   {', '.join(map(str, settings.authorization.policies))}")
             print(f"  call it  ztserve predict {service} --example")
-            print(f"  see it   ztserve status --address {ray_address()}")
+            print("  see it   ztserve status")
         print("serving; Ctrl-C stops it", flush=True)
         try:
             threading.Event().wait()

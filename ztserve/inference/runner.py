@@ -8,7 +8,6 @@ load (flat combining: Hendler et al., SPAA 2010). Asynchronous model code runs o
 replica's own event loop.
 """
 
-import asyncio
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -259,6 +258,9 @@ def _blamed_on_the_model() -> Iterator[None]:
         ) from error
     except (CallError, InferenceError):
         raise
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
-        # The latter two are no Exceptions, and would end the thread of the call.
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        # SystemExit and others, such as a panic of a Rust extension, are no Exceptions:
+        # they would end the thread of the call, and with it the batch.
         raise InferenceError(f"{type(error).__name__}: {error}") from error

@@ -30,13 +30,13 @@ CAUSES = {
     "UNSUPPORTED_PROTOCOL": "TLS version too old",
     "NO_SHARED_CIPHER": "no common cipher",
 }
-"""What the core's words mean; others are reported as they are, in lower case."""
+"""What the core's words mean; all others are "other": a stranger chooses them."""
+OTHER = "other"
 EVERY_S = 1.0
-MAX_CAUSES = 16
-"""Different causes in one report; what is beyond is counted as "other"."""
 
 _LINE = re.compile(
-    rb"ssl_transport_security\.cc:\d+\] Handshake failed with error "
+    rb"^[IWE]\d{4} [\d:.]+ +\d+ ssl_transport_security\.cc:\d+\] "
+    rb"Handshake failed with error "
     rb"[^\r\n]{0,200}?OPENSSL_internal:([A-Z0-9_]{1,80})"
 )
 _NAME = re.compile(rb"ssl_transport_security\.cc:\d+\] No match found for server name")
@@ -146,14 +146,11 @@ class _Tap:
 
     def _is(self, line: bytes) -> bool:
         if found := _LINE.search(line):
-            word = found[1].decode()
-            cause = CAUSES.get(word, word.lower().replace("_", " "))
+            cause = CAUSES.get(found[1].decode(), OTHER)
         elif _NAME.search(line):
             cause = OTHER_NAME
         else:
             return False
-        if cause not in self._counts and len(self._counts) >= MAX_CAUSES:
-            cause = "other"
         self._counts[cause] += 1
         return True
 

@@ -1,9 +1,12 @@
 """The threads on which calls are answered."""
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, TypeAlias
+
+_LOG = logging.getLogger(__name__)
 
 _Job: TypeAlias = tuple["_Ending", Callable[..., Any], tuple[Any, ...]]
 
@@ -50,6 +53,8 @@ class _Worker(threading.Thread):
             ending, function, arguments = job
             try:
                 function(*arguments)
+            except BaseException:  # noqa: BLE001 - logged; the thread serves the next
+                _LOG.exception("a call ended its thread's work")
             finally:
                 del job, function, arguments
                 # Idle first: a call that is admitted next finds this thread.

@@ -193,3 +193,10 @@ def test_a_description_tells_specs_and_digest() -> None:
         ("x", "FP32", [-1, 64]),
         ("t", "BYTES", [1]),
     ]
+
+
+@pytest.mark.parametrize("field", [5, 6, 7])
+def test_millions_of_empty_tensors_are_counted_not_unpacked(field):
+    message = bytes([field << 3 | 2, 0]) * 200_000
+    with pytest.raises(InvalidInput, match="more than"):
+        codec.request(message)

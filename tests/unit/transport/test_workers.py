@@ -58,3 +58,20 @@ def test_closed_workers_end_their_threads() -> None:
     workers.close()
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def test_a_job_that_raises_no_exception_leaves_its_thread_to_the_next(caplog):
+    class Panic(BaseException):
+        pass
+
+    def panic():
+        raise Panic
+
+    workers = Workers()
+    done = threading.Event()
+    workers.submit(panic)
+    time.sleep(0.1)
+    workers.submit(done.set)
+    assert done.wait(5)
+    workers.close()
+    assert "ended its thread's work" in caplog.text
