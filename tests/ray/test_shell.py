@@ -146,6 +146,25 @@ def test_ztserve_status_shows_the_replica_and_its_digest(shell, by_ztserve_run):
     assert endpoint["address"] in shell.run(*asked)
 
 
+def test_status_says_at_once_that_no_ray_is_there(shell):
+    nowhere = f"127.0.0.1:{free_port()}"
+    said = shell.run(*ZTSERVE, "status", "--address", nowhere, code=2)
+    assert f"no Ray answers at {nowhere}" in said
+    assert "`ztserve run`" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_without_the_clusters_token_nobody_attaches(shell, by_ztserve_run, token):
+    home = shell.folder / f"other{token is None}"
+    (home / ".ray").mkdir(parents=True)
+    if token is not None:
+        (home / ".ray/auth_token").write_text(token)
+    said = shell.run(*ZTSERVE, "status", code=2, HOME=str(home))
+    assert "this Ray wants its token" in said
+    assert "Traceback" not in said
+
+
 def test_the_stock_client_gets_an_answer_with_the_files_and_nothing_without(
     shell, by_ztserve_run
 ):

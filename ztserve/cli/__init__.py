@@ -51,10 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except (ZTServeError, OSError) as error:
         print(printable(f"ztserve {chosen.verb}: {error}"), file=sys.stderr)
+        _hint(chosen.verb)
         return 2
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _hint(verb: str) -> None:
+    """Name the likeliest cause of all, where it may be that."""
+    from ztserve.config import FILE, found_file
+
+    if verb != "init" and found_file() is None:
+        print(
+            f"there is no {FILE} in this folder: run `ztserve init`, or go to the "
+            "project's folder",
+            file=sys.stderr,
+        )
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from ztserve.config.environment import (
     process_environment,
     ray_auth_mode,
 )
-from ztserve.config.file import load
+from ztserve.config.file import found_file, load
 from ztserve.config.rooms import (
     agent_directory,
     limits,
@@ -27,6 +27,7 @@ __all__ = [
     "default_environment",
     "endpoint_socket",
     "entries",
+    "found_file",
     "limits",
     "load",
     "load_policies",

@@ -34,13 +34,14 @@ def load(path: Path | None = None) -> Settings:
     Raises ConfigError for a file that cannot be read, is writable by others, holds an
     unknown key, or a value of the wrong kind or beyond its bounds.
     """
-    found = path or _find()
+    found = path or found_file()
     if found is None:
         return coherent(Settings(base=Path.cwd()))
     return coherent(_parse(found))
 
 
-def _find() -> Path | None:
+def found_file() -> Path | None:
+    """Return the configuration file in force; None: there is none."""
     named = environment.config_file()
     if named:
         path = Path(named)

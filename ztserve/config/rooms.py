@@ -12,6 +12,9 @@ from ztserve.config.settings import Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.types import Operation
 
+ASK_S = 10.0
+"""Longest wait of a person's command for an agent that listens and says nothing."""
+
 
 def obtain_identity(
     settings: Settings, spiffe_id: identity.SpiffeId | None = None
@@ -37,7 +40,12 @@ def obtain_identity(
     folder = agent_directory(settings)
     endpoint, admin = identity.workload_endpoint(folder), identity.admin_path(folder)
     if spiffe_id is None:
-        return identity.WorkloadSource(endpoint, timeout_s=wait_s)
+        if not (folder / "workload.sock").exists():
+            raise IdentityError(
+                f"nothing is running for the project in {settings.base}, so there "
+                "is no agent to give an identity: start it: `ztserve run module:app`"
+            )
+        return identity.WorkloadSource(endpoint, timeout_s=min(wait_s, ASK_S))
     identity.register(admin, spiffe_id, timeout_s=wait_s)
     return identity.WorkloadSource(
         endpoint,

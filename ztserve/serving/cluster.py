@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ztserve import config, transport
 from ztserve.errors import ConfigError, ZTServeError
 
 _OURS = re.compile(r"ztserve\.\S*?(\w+): (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.DOTALL)
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,9 @@ def attached(
     import ray
     from ray import serve
 
-    from ztserve.serving import ray_private
-    from ztserve.serving.node import end
-
-    ray_private.enable_token_auth()
-
     settings = config.load()
     started = address is None
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(
-        # Without "local" Ray would take any cluster that it finds, and we would end it.
-        address=address or "local",
-        namespace="serve",
-        num_cpus=num_cpus if started else None,
-        include_dashboard=False if started else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # Replicas import the user's module from where this process found it.
-        runtime_env={
-            "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        },
-    )
+    _connect(address, num_cpus)
     try:
         if started:
             serve.start(
@@ -74,13 +58,64 @@ def attached(
             _note(settings, ray_address())
         yield
     finally:
-        if started:
-            for name in list(serve.status().applications):
-                serve.delete(name)
-            _note(settings, "")
-            # Before Serve: what follows it would ask on while it goes away.
-            end(settings)
-        ray.shutdown()
+        try:
+            if started:
+                _end(settings)
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None, num_cpus: int | None) -> None:
+    import ray
+
+    from ztserve.serving import ray_private
+
+    ray_private.enable_token_auth()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if address not in (None, "auto"):
+        _check_answers(address)
+    try:
+        ray.init(
+            # Without "local" Ray would take any cluster that it finds, which we would
+            # end then.
+            address=address or "local",
+            namespace="serve",
+            num_cpus=None if address else num_cpus,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Replicas import the user's module from where this process found it.
+            runtime_env={
+                "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            },
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(f"this Ray wants its token: {error}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConfigError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray answers at {address} ({error}): start the application with "
+            "`ztserve run`, or name host:port of its Ray with --address"
+        ) from error
+
+
+def _end(settings: config.Settings) -> None:
+    """End what runs on the Ray that was started here."""
+    from ray import serve
+
+    from ztserve.serving.node import end
+
+    _note(settings, "")
+    for name in list(serve.status().applications):
+        serve.delete(name)
+    # Before Serve: what follows it would ask on while it goes away.
+    end(settings)
 
 
 def noted_address(settings: config.Settings) -> str:

@@ -73,7 +73,7 @@ def test_without_an_agent_it_says_so(ztserve, project):
     assert config.load().identity.wait_s == 0.2
     done = ztserve("svid", "write", "out")
     assert done.code == 2
-    assert "is the agent running?" in done.err
+    assert "nothing is running for the project" in done.err
     assert not (project / "out").exists()
     config.agent_directory(config.load()).rmdir()  # empty, and under /tmp
 

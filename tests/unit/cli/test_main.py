@@ -2,6 +2,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,21 @@ print(time.process_time(), *sorted(heavy & set(sys.modules)))
     seconds, *imported = done.stdout.splitlines()[-1].split()
     assert imported == []
     assert float(seconds) < 0.4
+
+
+def test_without_a_project_the_refusal_says_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZTSERVE_CONFIG", raising=False)
+    assert main(["sign", "weights"]) == 2
+    assert "run `ztserve init`" in capsys.readouterr().err
+
+
+def test_with_nothing_running_a_call_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPIFFE_ENDPOINT_SOCKET", raising=False)
+    monkeypatch.delenv("ZTSERVE_CONFIG", raising=False)
+    assert main(["init"]) == 0
+    began = time.monotonic()
+    assert main(["svid", "write", "here"]) == 2
+    assert time.monotonic() - began < 5
+    assert "start it: `ztserve run" in capsys.readouterr().err
