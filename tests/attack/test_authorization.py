@@ -303,3 +303,22 @@ def test_an_address_written_as_ipv6_is_still_denied():
     assert denies(text, source_ip="::ffff:10.1.2.3")
     assert denies(text, source_ip="::ffff:0a01:0203")
     assert not denies(text, source_ip="192.0.2.1")
+
+
+# --- a DENY that could match nothing ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ('{when: [{key: "request.headers[x-evil-bin]", values: ["1"]}]}', "-bin"),
+        ('{when: [{key: "request.headers[x y]", values: ["1"]}]}', "no call has"),
+        (
+            '{from: [{source: {principals: ["cluster.local/ns/web/sa/shop "]}}]}',
+            "principal",
+        ),
+    ],
+)
+def test_a_deny_that_can_match_nothing_is_refused(rule, why):
+    with pytest.raises(ConfigError, match=why):
+        policies(EVERYONE + policy("DENY", rule))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -121,6 +122,9 @@ def texts(values: Sequence[Node]) -> list[str]:
     return [value.text() for value in values]
 
 
+_HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")  # a token of RFC 9110, 5.6.2
+
+
 def _methods(values: Sequence[Node]) -> Test:
     test = match.strings(texts(values))
     return lambda request: test(request.method)
@@ -197,6 +201,11 @@ def _header_name(node: Node) -> str:
         raise node.error(
             f"{node.text()!r}: name one header; for :authority, :method and :path "
             "there are hosts, methods and paths, for the caller request.auth"
+        )
+    if not _HEADER.match(name) or name.endswith("-bin"):
+        raise node.error(
+            f"{node.text()!r}: no call has a header of that name (a token; headers "
+            "that end in -bin are dropped)"
         )
     return name
 

@@ -61,6 +61,8 @@ def _principals(workload: Workload, values: Sequence[Node]) -> match.StringTest:
     expanded: list[str] = []
     for node in values:
         text = node.text()
+        if not re.fullmatch(r"[A-Za-z0-9._/*:-]+", text):
+            raise node.error(f"{text!r} is no principal: no SPIFFE ID has such letters")
         if "://" in text:
             raise node.error(f"{text!r}: leave out the scheme 'spiffe://'")
         if text.count("*") > 1 or "*" in text[1:-1]:
