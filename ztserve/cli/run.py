@@ -23,10 +23,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Serve, say where, wait, and stop cleanly."""
+    """Serve, say where, wait, and stop cleanly.
+
+    Mistakes in the configuration, the policies or the module show before Ray starts.
+    """
     settings = config.load()
     # First: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
+    config.load_policies(
+        settings,
+        service="(any)",
+        namespace=settings.identity.namespace,
+        operations=None,
+    )
+    print("starting Ray", flush=True)
     with attached(chosen.address, num_cpus=chosen.num_cpus):
         # Only now: Ray has put a handler of its own there, which aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -154,3 +154,18 @@ def test_with_nothing_running_a_call_is_refused_at_once(tmp_path, monkeypatch, c
     assert main(["svid", "write", "here"]) == 2
     assert time.monotonic() - began < 5
     assert "start it: `ztserve run" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_policy_shows_before_ray_is_started(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZTSERVE_CONFIG", raising=False)
+    assert main(["init"]) == 0
+    policy = tmp_path / "policies/developer.yaml"
+    policy.write_text(policy.read_text().replace("principals:", "principles:", 1))
+    (tmp_path / "anything.py").write_text("app = object()\n")
+    assert main(["run", "anything:app"]) == 2
+    told = capsys.readouterr()
+    assert "principles" in told.err
+    assert "starting Ray" not in told.out
