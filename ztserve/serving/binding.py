@@ -23,10 +23,11 @@ _DEFAULTS: Mapping[str, Any] = {
     "max_constructor_retry_count": 1,
     "max_surge_percent": 100,
     "max_ongoing_requests": 32,
-    "health_check_period_s": 5,
+    "health_check_period_s": 1,
 }
 """A bad update must not hurt: the new replica comes up beside the old, and what failed
-to verify is not tried again."""
+to verify is not tried again. Serve notices a death only at the next health check, and
+replaces no replica before."""
 
 MAX_QUEUED = 64
 
