@@ -12,7 +12,7 @@ from ztserve.transport import protocol, values
 from ztserve.transport.async_upkeep import AsyncUpkeep
 from ztserve.transport.protocol import NONE, Metadata
 from ztserve.transport.replicas import Lane, Replicas
-from ztserve.transport.retry import SAFE, Attempts, Budget
+from ztserve.transport.retry import UNFIT, Attempts, Budget
 from ztserve.transport.route import Route
 from ztserve.types import Caller, Request, Tensor, Value
 
@@ -141,7 +141,7 @@ class AsyncClient:
             finally:
                 if call is not None:
                     call.cancel()
-                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             if started:
                 raise protocol.midway(error)
             await asyncio.sleep(attempts.pause_s(error, lane.address))
@@ -209,7 +209,7 @@ class AsyncClient:
             except grpc.RpcError as failed:
                 error = protocol.failure(failed, server)
             finally:
-                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             await asyncio.sleep(attempts.pause_s(error, lane.address))
 
     async def _lane(self, attempts: Attempts) -> Lane[grpc.aio.Channel]:

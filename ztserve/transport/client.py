@@ -10,7 +10,7 @@ from ztserve.identity import Source, SpiffeId
 from ztserve.transport import protocol, values
 from ztserve.transport.protocol import NONE, Metadata
 from ztserve.transport.replicas import Lane, Replicas
-from ztserve.transport.retry import SAFE, Attempts, Budget
+from ztserve.transport.retry import UNFIT, Attempts, Budget
 from ztserve.transport.route import Route
 from ztserve.transport.upkeep import Upkeep
 from ztserve.types import Caller, Request, Tensor, Value
@@ -156,7 +156,7 @@ class Client:
             finally:
                 if call is not None:
                     call.cancel()
-                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             if started:
                 raise protocol.midway(error)
             time.sleep(attempts.pause_s(error, lane.address))
@@ -212,7 +212,7 @@ class Client:
             except grpc.RpcError as failed:
                 error = protocol.failure(failed, server)
             finally:
-                self._replicas.give_back(lane, refused=isinstance(error, SAFE))
+                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             time.sleep(attempts.pause_s(error, lane.address))
 
 

@@ -3,12 +3,14 @@
 import random
 import time
 
-from ztserve.errors import DeadlineExceeded, Overloaded, Unavailable
+from ztserve.errors import DeadlineExceeded, Interrupted, Overloaded, Unavailable
 
 MAX_ATTEMPTS = 4
 FIRST_PAUSE_S = 0.02
 SAFE = (Overloaded, Unavailable)
 """The errors that mean that the call surely did not run."""
+UNFIT = (*SAFE, Interrupted)
+"""The errors after which other replicas are asked first for a while."""
 
 
 class Budget:
