@@ -17,8 +17,11 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -155,7 +158,7 @@ def patiently(ask: Callable[[], bytes]) -> bytes:
     while True:
         try:
             return ask()
-        except Exception:
+        except (OSError, HTTPException, grpc.RpcError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from ztserve.audit import Log, lines, read, verify_log
+from ztserve.audit import Log, Record, lines, read, verify_log
 from ztserve.errors import AuditError, Denied
-from ztserve.types import Call, Caller, Operation, Peer, Request
+from ztserve.types import Call, Caller, Operation, Peer, Reply, Request
 
 ROOT = Path(__file__).parents[2]
 FORGED = 'x"}}\n{"seq":99,"prev":"","status":"released"}\r\n\u2028\x1b[2J'
@@ -320,6 +321,7 @@ def test_without_counting_the_same_flood_fills_it(path, monkeypatch):
 SERVE = """
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -366,3 +368,38 @@ def test_every_acknowledged_call_is_in_the_log_of_a_killed_process(path, attempt
     with Log(path, origin={}):
         pass
     assert verify_log(path).status == "self-consistent"
+
+
+# --- leaving before the end -------------------------------------------------------
+
+
+def begun_and_left(log, times):
+    for n in range(times):
+        with suppress(GeneratorExit), log.record(make_call(f"call-{n}")) as record:
+            record.released(Reply((), {"EMAIL_ADDRESS": 1}), last=False)
+            raise GeneratorExit
+
+
+def ends(path):
+    return [
+        r
+        for r in read(path)
+        if r["class_uid"] == 6003 and r["status"] == "cancelled" and "unmapped" in r
+    ]
+
+
+def test_who_leaves_before_the_end_hides_nothing_of_what_left(path):
+    with Log(path, origin={}) as log:
+        begun_and_left(log, 60)
+    assert [r["unmapped"]["findings"] for r in ends(path)] == [
+        {"EMAIL_ADDRESS": 1}
+    ] * 60
+
+
+def test_counted_like_refusals_most_endings_would_be_hidden(path, monkeypatch):
+    monkeypatch.setattr(
+        Record, "announced", property(lambda _: False, lambda _, value: None)
+    )
+    with Log(path, origin={}) as log:
+        begun_and_left(log, 60)
+    assert len(ends(path)) < 60

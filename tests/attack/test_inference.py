@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median
 
 import numpy as np
@@ -321,3 +321,13 @@ def test_a_panic_of_the_model_fails_its_own_call_and_no_other(batch):
     with pytest.raises(InferenceError, match="Panic: index out of bounds"):
         ask(13)
     assert ask(1) == [[1]]
+
+
+def test_blamed_on_nobody_a_panic_reaches_the_callers_thread(monkeypatch):
+    def predict(x):
+        raise Panic
+
+    monkeypatch.setattr(runner, "_blamed_on_the_model", nullcontext)
+    it = Runner(predict, inputs=X, outputs=X)
+    with pytest.raises(Panic):
+        run(it, rows(1))

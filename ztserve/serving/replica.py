@@ -4,19 +4,12 @@ import asyncio
 import hashlib
 import inspect
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ztserve import transport
-from ztserve.artifacts import (
-    Registry,
-    TrustPolicy,
-    VerifiedModel,
-    open_registry,
-    verify_model,
-)
+from ztserve.artifacts import VerifiedModel
 from ztserve.config import (
     Settings,
     limits,
@@ -25,25 +18,20 @@ from ztserve.config import (
     record_refusal,
 )
 from ztserve.errors import (
-    ArtifactError,
     CallError,
     ConfigError,
     IdentityError,
-    RegistryError,
 )
 from ztserve.filtering import OutputFilter, TextFilter
 from ztserve.identity import Source
 from ztserve.inference import Runner
 from ztserve.pipeline import Pipeline
+from ztserve.serving.weights import Pin, Weights
 from ztserve.types import Description, ModelRef, TextSpec, operations
 from ztserve.validation import Validator
 
 if TYPE_CHECKING:
     from ztserve.serving.deployment import ZTDeployment
-
-T = TypeVar("T")
-
-_RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class Replica:
         source: Source,
         *,
         name: str,
-        pin: Callable[[str, str], str] = lambda _part, digest: digest,
+        pin: Pin = lambda _part, digest: digest,
         whole_process: bool = False,
     ) -> None:
         self.deployment = deployment
@@ -123,13 +111,8 @@ class Replica:
 
         Raises VerificationError at once; waits, bounded, for a registry that is away.
         """
-        try:
-            models = self._verified()
-        except ArtifactError as error:
-            self._log.event(
-                "model-refused", status_code=type(error).__name__, reason=str(error)
-            )
-            raise
+        weights = Weights(self.plan.settings, self._log, self._pin)
+        models = weights.verified(self.plan.models)
         instance = self._loaded(models, args, kwargs)
         self.description = self._describe(models)
         self._runner = Runner(
@@ -174,43 +157,6 @@ class Replica:
         self._log.close()
 
     # --- start-up -----------------------------------------------------------------
-
-    def _verified(self) -> dict[str, VerifiedModel]:
-        if not self.plan.models:
-            return {}
-        artifacts = self.plan.settings.artifacts
-        trust = TrustPolicy.load(artifacts.trust_policy)
-        registry = self._patiently(lambda: open_registry(artifacts.registry))
-        return {
-            part: self._verify(registry, part, ref, trust)
-            for part, ref in self.plan.models.items()
-        }
-
-    def _verify(
-        self, registry: Registry, part: str, ref: ModelRef, trust: TrustPolicy
-    ) -> VerifiedModel:
-        resolved = self._patiently(lambda: registry.resolve(ref))
-        pinned = ref.pinned(self._pin(part, resolved.digest))
-        model = self._patiently(lambda: verify_model(registry, pinned, trust))
-        self._log.event(
-            "model-verified",
-            model=model.name,
-            version=model.version,
-            digest=model.digest,
-            signers=", ".join(map(str, model.signers)),
-        )
-        return model
-
-    def _patiently(self, attempt: Callable[[], T]) -> T:
-        until = time.monotonic() + self.plan.settings.artifacts.wait_s
-        while True:
-            try:
-                return attempt()
-            except RegistryError as error:
-                if time.monotonic() >= until:
-                    raise
-                self._log.event("registry-away", reason=str(error))
-                time.sleep(_RETRY_S)
 
     def _loaded(
         self,

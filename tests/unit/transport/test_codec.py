@@ -200,3 +200,9 @@ def test_millions_of_empty_tensors_are_counted_not_unpacked(field):
     message = bytes([field << 3 | 2, 0]) * 200_000
     with pytest.raises(InvalidInput, match="more than"):
         codec.request(message)
+
+
+def test_uncounted_they_would_all_be_unpacked(monkeypatch):
+    monkeypatch.setattr(codec, "MAX_TENSORS", 10**9)
+    message = bytes([6 << 3 | 2, 0]) * 200_000
+    assert len(codec.request(message).outputs) == 200_000

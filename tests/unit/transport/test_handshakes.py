@@ -1,12 +1,16 @@
 """The core's log of refused handshakes, as it really is; in processes of their own."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from ztserve.transport import handshakes
 
 ROOT = Path(__file__).parents[3]
 
@@ -199,3 +203,18 @@ def test_a_crash_is_still_told(tmp_path: Path) -> None:
         tmp_path,
     )
     assert "Fatal Python error: Segmentation fault" in done.stderr
+
+
+def test_a_server_name_that_looks_like_the_cores_line_makes_up_no_cause():
+    tap = object.__new__(handshakes._Tap)
+    tap._counts = Counter()
+    told = (
+        b"ssl_transport_security.cc:1] Handshake failed with error x OPENSSL_internal:"
+    )
+    forged = b"E0000 " + told + b"ADMIN_LOGGED_IN"
+    assert not tap._is(forged)
+    assert tap._is(b"I1122 21:16:36.651471    6364 " + told + b"ADMIN_LOGGED_IN")
+    assert tap._counts == {"other": 1}
+    # Unanchored, and with causes as they are told, the same line is believed.
+    loose = re.compile(handshakes._LINE.pattern.partition(b" ssl_")[2])
+    assert loose.search(forged)[1] == b"ADMIN_LOGGED_IN"

@@ -1,0 +1,82 @@
+"""A replica's weights: resolved, pinned for the whole deploy, and verified."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from ztserve.artifacts import (
+    Registry,
+    TrustPolicy,
+    VerifiedModel,
+    open_registry,
+    verify_model,
+)
+from ztserve.audit import Log
+from ztserve.config import Settings
+from ztserve.errors import ArtifactError, RegistryError
+from ztserve.types import ModelRef
+
+T = TypeVar("T")
+Pin = Callable[[str, str], str]
+"""Given a part and the digest it resolved to, returns the one that the deploy uses."""
+
+_RETRY_S = 0.5
+
+
+class Weights:
+    """Gets the models of one replica, and audits what came of it.
+
+    Waits for a registry that is away, `wait_s` for all of them together; what does not
+    verify is refused at once.
+    """
+
+    def __init__(self, settings: Settings, log: Log, pin: Pin) -> None:
+        self._settings = settings.artifacts
+        self._log = log
+        self._pin = pin
+        self._until = time.monotonic() + self._settings.wait_s
+
+    def verified(self, refs: Mapping[str, ModelRef]) -> dict[str, VerifiedModel]:
+        """Return the models by part. Raises VerificationError or RegistryError."""
+        if not refs:
+            return {}
+        try:
+            trust = TrustPolicy.load(self._settings.trust_policy)
+            registry = self._patiently(lambda: open_registry(self._settings.registry))
+            return {
+                part: self._verify(registry, part, ref, trust)
+                for part, ref in refs.items()
+            }
+        except ArtifactError as error:
+            self._log.event(
+                "model-refused", status_code=type(error).__name__, reason=str(error)
+            )
+            raise
+
+    def _verify(
+        self, registry: Registry, part: str, ref: ModelRef, trust: TrustPolicy
+    ) -> VerifiedModel:
+        resolved = self._patiently(lambda: registry.resolve(ref))
+        pinned = ref.pinned(self._pin(part, resolved.digest))
+        model = self._patiently(lambda: verify_model(registry, pinned, trust))
+        self._log.event(
+            "model-verified",
+            model=model.name,
+            version=model.version,
+            digest=model.digest,
+            signers=", ".join(map(str, model.signers)),
+        )
+        return model
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        told = ""
+        while True:
+            try:
+                return attempt()
+            except RegistryError as error:
+                if time.monotonic() >= self._until:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    self._log.event("registry-away", reason=told)
+                time.sleep(_RETRY_S)
