@@ -18,7 +18,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format -q --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(PY) -m pytest -q -n 2 -m "not slow and not ray"
+	$(PY) -m pytest -q -n 2 -m "not slow" --ignore tests/ray
 
 fmt: $(STAMP)
 	$(VENV)/bin/ruff check -q --fix .

@@ -489,6 +489,7 @@ def test_a_malformed_header_is_refused(workshop, case):
     refused(root, workshop.trust, reason)
 
 
+@pytest.mark.slow
 def test_a_header_of_very_many_tensors_is_refused_quickly(workshop):
     many = safetensors({f"t{n}": entry(0, 0) for n in range((1 << 16) + 1)})
     root = signed_with(workshop, "x.safetensors", many)

@@ -294,6 +294,7 @@ def test_a_full_disk_refuses_the_answer_and_heals(path):
     assert (served[1]["status_code"], served[1]["count"]) == ("AuditError", 1)
 
 
+@pytest.mark.slow
 def test_a_denied_caller_cannot_fill_the_disk(path):
     with Log(path, origin={}) as log:
         before = path.stat().st_size

@@ -39,6 +39,7 @@ def streamed(rules, *chunks):
 # --- text -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("secret", [CARD, MAIL, PHONE])
 def test_personal_data_split_over_two_chunks_at_every_place(rules, secret):
     text = f"You can have {secret} if you like."
@@ -60,6 +61,7 @@ def test_personal_data_one_character_at_a_time(rules):
     assert streamed(rules, *text) == expected
 
 
+@pytest.mark.slow
 def test_personal_data_behind_a_prefix_that_makes_a_pattern_time_out(
     rules, monkeypatch
 ):
@@ -91,6 +93,7 @@ def test_a_run_that_is_never_cut_holds_back_memory_and_time_without_end(run):
         held(4096)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_slow_everywhere_is_not_looked_through_for_ever():
     from ztserve.filtering.recognizers import recognizers
 

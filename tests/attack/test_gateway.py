@@ -69,6 +69,7 @@ def hostile(authority):
     yield "signed by a workload", workload.forge(CLI)
 
 
+@pytest.mark.slow
 def test_certificates_that_do_not_hold_open_nothing_and_are_told_so(edge):
     tried = list(hostile(edge.authority))
     for why, svid in tried:
@@ -127,6 +128,7 @@ def test_another_server_cannot_pass_for_the_gateway(edge):
 # --- before TLS -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plain_http_old_tls_and_noise_are_refused_and_counted(edge):
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 64, b"SSH-2.0-x\r\n"):
         with socket.create_connection(("127.0.0.1", edge.port), timeout=5) as plain:
@@ -163,6 +165,7 @@ def test_only_tls_1_3_is_spoken_and_no_session_is_resumed(edge):
             sessions.append(one.session)
 
 
+@pytest.mark.slow
 def test_a_handshake_that_never_ends_is_ended(authority, tmp_path):
     limits = Limits(handshake_s=0.5)
     with running(authority, tmp_path, limits=limits) as edge:
@@ -180,6 +183,7 @@ def test_a_handshake_that_never_ends_is_ended(authority, tmp_path):
         assert edge.ask("POST", "/v1/predict", tensor())[0] == 200
 
 
+@pytest.mark.slow
 def test_connections_are_bounded_in_total_and_by_address(authority, tmp_path):
     limits = Limits(max_connections=8, max_connections_per_address=5)
     with running(authority, tmp_path, limits=limits) as edge:
@@ -229,6 +233,7 @@ def test_a_header_or_body_that_trickles_is_ended(authority, tmp_path):
         assert edge.service.calls == []
 
 
+@pytest.mark.slow
 def test_one_byte_now_and_then_does_not_keep_a_header_alive(authority, tmp_path):
     with (
         running(authority, tmp_path, limits=Limits(header_s=0.6)) as edge,
@@ -260,6 +265,7 @@ def test_a_body_that_is_too_large_is_refused_unread(edge):
     assert edge.service.calls == []
 
 
+@pytest.mark.slow
 def test_a_denied_giant_body_costs_no_memory(edge):
     shop = edge.authority.issue(SHOP)
     edge.ask("POST", "/v1/predict", tensor())
@@ -279,6 +285,7 @@ def test_a_denied_giant_body_costs_no_memory(edge):
     assert edge.ask("POST", "/v1/predict", tensor())[0] == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_dropped(authority, tmp_path):
     with (
         running(authority, tmp_path, limits=Limits(write_s=0.3)) as edge,
@@ -314,6 +321,7 @@ def test_requests_at_once_are_bounded_by_peer_and_in_total(authority, tmp_path):
         edge.service.go.clear()
 
 
+@pytest.mark.slow
 def test_bodies_at_once_are_bounded_in_bytes(authority, tmp_path):
     with running(authority, tmp_path, limits=Limits(max_bodies_bytes=2000)) as edge:
         half = post("/v1/predict", tensor(rows=100)).partition(b"\r\n\r\n")[0]
@@ -388,6 +396,7 @@ SMUGGLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMUGGLED)
 def test_what_two_parsers_could_read_differently_is_refused_and_nothing_after_it_runs(
     shared, name
@@ -399,6 +408,7 @@ def test_what_two_parsers_could_read_differently_is_refused_and_nothing_after_it
     assert shared.service.calls == []
 
 
+@pytest.mark.slow
 def test_refused_requests_are_counted_by_status(edge):
     for name in ("CL.TE", "chunks", "HTTP/1.0 kept alive"):
         edge.raw(SMUGGLED[name])
@@ -424,6 +434,7 @@ def test_a_parser_that_believes_content_length_alone_would_be_smuggled_through(
     assert len(edge.service.calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
@@ -524,6 +535,7 @@ def test_a_body_cannot_break_out_of_its_event_or_its_response(edge):
     assert "set-cookie" not in headers
 
 
+@pytest.mark.slow
 def test_refusals_without_a_call_are_counted_and_cannot_fill_the_log(edge):
     before = len(edge.log.read_bytes())
     for _ in range(40):
@@ -535,6 +547,7 @@ def test_refusals_without_a_call_are_counted_and_cannot_fill_the_log(edge):
     assert len(edge.log.read_bytes()) - before < 2000
 
 
+@pytest.mark.slow
 def test_a_flood_of_hostile_requests_leaves_others_served(edge):
     stop = threading.Event()
 

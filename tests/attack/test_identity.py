@@ -252,6 +252,7 @@ def test_dialling_past_the_attestation_gives_nothing(directory, monkeypatch):
         assert fetch(inner) == CLI
 
 
+@pytest.mark.slow
 def test_a_process_has_one_identity_for_its_whole_life(directory):
     with Agent(A, directory, rules()) as agent:
         said = run_child(agent, GATEWAY, CLI, "fetch", GATEWAY)
@@ -263,6 +264,7 @@ def test_a_process_has_one_identity_for_its_whole_life(directory):
         assert f"is {CLI} already and cannot become {GATEWAY}" in first_used[1]
 
 
+@pytest.mark.slow
 def test_nobody_can_register_another_process(directory):
     with Agent(A, directory, rules()) as agent:
         with pytest.raises(IdentityError, match="expected op register"):

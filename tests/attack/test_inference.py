@@ -78,6 +78,7 @@ def test_without_running_them_again_alone_it_fails_them_all(monkeypatch):
     assert all(isinstance(answer, InferenceError) for answer in answers)
 
 
+@pytest.mark.slow
 def test_a_neighbour_who_never_sends_its_body_delays_a_batch_by_wait_ms_only():
     it = Runner(fussy, inputs=X, outputs=X, batch=Batch(4, wait_ms=100))
     with it.admit():  # admitted, and silent for as long as it likes
@@ -198,11 +199,13 @@ def steps_before_a_victims(turns):
     return taken
 
 
+@pytest.mark.slow
 def test_a_greedy_stream_cannot_keep_the_model_from_who_waits():
     # One that runs, and one more that may begin before the victim has queued.
     assert median(steps_before_a_victims(Turns()) for _ in range(21)) <= 2
 
 
+@pytest.mark.slow
 def test_a_plain_lock_would_let_it():
     assert max(steps_before_a_victims(Barging()) for _ in range(50)) > 2
 
@@ -247,6 +250,7 @@ def test_a_model_stops_when_its_caller_has_gone_though_nobody_reads_it():
     assert model.closed.is_set()
 
 
+@pytest.mark.slow
 def test_without_looking_it_would_work_on_for_nobody(monkeypatch):
     monkeypatch.setattr(runner, "still_wanted", lambda call: None)
     assert steps_after_the_caller_left(Talkative()) == 290

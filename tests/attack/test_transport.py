@@ -218,6 +218,7 @@ def test_a_foreign_authority_gets_nothing(served: Served) -> None:
     assert served.refusals == []
 
 
+@pytest.mark.slow
 def test_a_silent_connection_is_closed(authority) -> None:
     with (
         serving(authority, limits=Limits(handshake_s=0.5)) as served,
@@ -228,6 +229,7 @@ def test_a_silent_connection_is_closed(authority) -> None:
         assert time.monotonic() - begun < 3
 
 
+@pytest.mark.slow
 def test_connections_are_limited(authority) -> None:
     with serving(authority, limits=Limits(max_connections=5, handshake_s=30)) as served:
         opened = [
@@ -303,6 +305,7 @@ def test_a_certificate_that_is_no_svid_is_refused(authority, flaws) -> None:
     assert served.service.calls == []
 
 
+@pytest.mark.slow
 def test_a_server_with_another_identity_sees_no_call(authority) -> None:
     other = authority.source(f"spiffe://{DOMAIN}/ns/ml-inference/sa/other")
     with (
@@ -317,6 +320,7 @@ def test_a_server_with_another_identity_sees_no_call(authority) -> None:
     assert served.refusals == []
 
 
+@pytest.mark.slow
 def test_a_federated_server_cannot_take_the_place_of_ours() -> None:
     ours, partner = ThrowAwayAuthority(DOMAIN), ThrowAwayAuthority("partner.example")
     from ztserve.identity import dns_name
@@ -364,6 +368,7 @@ def test_a_resumed_session_is_refused(served: Served, attack) -> None:
     assert len(served.service.calls) == 1
 
 
+@pytest.mark.slow
 def test_an_identity_that_expires_is_refused_on_its_open_connection(authority) -> None:
     svid = authority.issue(CLI, ttl_s=1)
     server, port = naive(authority)
@@ -591,6 +596,7 @@ def test_a_caller_that_takes_nothing_holds_its_place_for_the_limit_only(
             assert soon(lambda s=served: s.server.in_flight == 0, 2) is not held
 
 
+@pytest.mark.slow
 def test_a_metadata_bomb_reaches_no_room(served: Served, attack) -> None:
     metadata = (("a", "x" * 10_000), ("b", "x" * 10_000))
     with served.channel() as caller, pytest.raises(grpc.RpcError) as caught:
@@ -611,6 +617,7 @@ def test_a_metadata_bomb_reaches_no_room(served: Served, attack) -> None:
     assert served.service.calls == []
 
 
+@pytest.mark.slow
 def test_rapid_resets_do_not_stop_others(served: Served, attack) -> None:
     raw = attack(served)
     stop = threading.Event()
@@ -646,6 +653,7 @@ def test_a_ping_flood_is_shown_the_door(served: Served, attack) -> None:
     assert raw.closes()
 
 
+@pytest.mark.slow
 def test_whoever_keeps_a_call_does_not_keep_its_stream(authority) -> None:
     limits = Limits(max_streams_per_connection=8)
     with serving(authority, limits=limits) as served, served.channel() as caller:

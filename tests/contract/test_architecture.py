@@ -44,6 +44,7 @@ def calls_of(name: str) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rooms"), MAKERS.items())
 def test_each_value_is_made_in_its_own_room_only(name, rooms):
     assert calls_of(name) - {"testing"} == rooms
@@ -69,6 +70,7 @@ def imported_by(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_private_names_of_ray_are_imported_in_one_module_only():
     offenders = {
         path.name
@@ -84,6 +86,7 @@ def test_only_config_reads_the_environment():
     assert {room(p) for p in MODULES if "os.environ" in p.read_text()} == {"config"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_unpickled_and_no_failure_is_swallowed(path):
     tree = ast.parse(path.read_text())
@@ -141,6 +144,7 @@ def test_a_rooms_public_names_are_sorted_and_all_there(name):
         assert getattr(module, public) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

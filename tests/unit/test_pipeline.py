@@ -337,6 +337,7 @@ def test_a_call_that_is_late_is_recorded_so(house):
     assert [r["status_code"] for r in one.records()] == ["DeadlineExceeded"]
 
 
+@pytest.mark.slow
 def test_every_call_of_many_is_recorded_once_and_counted(house):
     one = house(batch=Batch(8, wait_ms=1))
 

@@ -31,6 +31,7 @@ def read(reader, size, **more):
     return read_all(lambda _: reader, {"f": size}, **more)["f"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 4096, 5 << 20])
 def test_what_is_hashed_is_what_is_in_the_buffer(size):
     content = bytes(n % 251 for n in range(size))

@@ -48,6 +48,7 @@ def test_any_bytes_either_parse_or_are_malformed(content, length):
     load(raw)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_what_we_take_from_a_damaged_file_the_reference_takes_too(data):
     content = bytearray(save({"a": torch.ones(2), "b": torch.ones(1)}))
@@ -66,6 +67,7 @@ def test_what_we_take_from_a_damaged_file_the_reference_takes_too(data):
     }
 
 
+@pytest.mark.slow
 def test_many_tensors_are_read_in_linear_time():
     entries = {
         f"layer.{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]}

@@ -123,6 +123,7 @@ def test_a_registry_that_promises_another_digest_than_it_holds_is_refused(worksh
         verify_model(registry, "digits", workshop.trust)
 
 
+@pytest.mark.slow
 def test_serving_imports_neither_torch_nor_the_publishing_half():
     code = (
         "import sys, ztserve.artifacts; "

@@ -74,6 +74,7 @@ def test_a_manifest_that_leaves_the_strict_format_is_refused(change, message):
         manifest(changed(change))
 
 
+@pytest.mark.slow
 def test_more_files_than_the_limit_are_refused():
     files = {f"f{n}.json": A for n in range(10_001)}
     with pytest.raises(VerificationError, match="10001 entries, the limit is 10000"):

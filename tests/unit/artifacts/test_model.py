@@ -59,6 +59,7 @@ def test_a_prefix_chooses_tensors_and_a_device_moves_them(load):
     assert next(model.tensors(device="meta"))[1].device.type == "meta"
 
 
+@pytest.mark.slow
 def test_tensors_outlive_the_model_they_came_from(load):
     model = load(fill=5.0)
     weights = dict(model.tensors())
@@ -89,6 +90,7 @@ def test_the_directory_is_private_read_only_and_without_weights(load):
     assert path.stat().st_uid == os.geteuid()
 
 
+@pytest.mark.slow
 def test_the_directory_goes_with_the_model(load):
     model = load()
     path = model.directory()

@@ -178,6 +178,7 @@ log.close()
 """
 
 
+@pytest.mark.slow
 def test_a_short_write_is_an_error_and_the_chain_goes_on_once_there_is_room(path):
     done = subprocess.run(
         [sys.executable, "-c", FILL, str(path)],

@@ -28,6 +28,7 @@ def test_a_log_begins_with_who_writes_it(log, path):
     assert f'"pid":"{os.getpid()}"' in first
 
 
+@pytest.mark.slow
 def test_refusals_beyond_twenty_are_counted_within_a_second_or_so(log, call, records):
     deny(log, call(), 100)
     assert len(records()) == 20

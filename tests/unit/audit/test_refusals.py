@@ -42,6 +42,7 @@ def test_after_a_minute_lines_begin_anew(monkeypatch):
     assert '"count":5' in counts(kept)[0]
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_those_beyond_it_are_counted_together(monkeypatch):
     now = 100.0
     monkeypatch.setattr(refusals, "monotonic", lambda: now)

@@ -54,6 +54,7 @@ def test_keys_that_are_not_strings_are_refused():
     assert "plain string" in refusal("? [a]\n: b\n")
 
 
+@pytest.mark.slow
 def test_more_bytes_documents_values_or_levels_than_allowed_are_refused():
     assert "larger than" in refusal("#" * (MAX_BYTES + 1))
     assert "larger than" in refusal("#" + "é" * (MAX_BYTES // 2))

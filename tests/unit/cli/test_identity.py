@@ -165,6 +165,7 @@ def test_predict_tells_the_servers_refusal_in_one_sentence(ztserve, doors):
     assert "input 'x': expected shape [-1, 2], got [1, 3]" in done.err
 
 
+@pytest.mark.slow
 def test_predict_streams_tensors_piece_by_piece(ztserve, doors):
     doors.serve(Double)
     done = ztserve("predict", "double", "--stream", "--input", "x=[[1, 2]]")
@@ -181,6 +182,7 @@ def test_predict_streams_text_that_cannot_drive_the_terminal(ztserve, doors):
     assert "".join(piece["text"] for piece in pieces) == "1 two 3 \x1b[2J"
 
 
+@pytest.mark.slow
 def test_predict_waits_no_longer_than_it_is_told(ztserve, doors):
     began = time.monotonic()
     done = ztserve("predict", "nobody", "--input", "x=[[1]]", "--timeout-s", "0.3")

@@ -96,6 +96,7 @@ def test_an_interrupt_is_code_130(ztserve, empty, monkeypatch):
     assert ztserve("config", "show").code == 130
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(project):
     read, write = os.pipe()
     os.close(read)

@@ -47,6 +47,7 @@ def test_what_is_not_personal_is_left_alone(default_filter, text):
     assert default_filter.apply(text).text == text
 
 
+@pytest.mark.slow
 def test_findings_equal_those_of_plain_presidio(default_filter, plain_presidio, corpus):
     for text in corpus(seed=1, count=60):
         assert default_filter.apply(text).text == plain_presidio(text)
@@ -64,6 +65,7 @@ def test_findings_equal_those_of_plain_presidio_on_many_texts(
     assert found > 1000
 
 
+@pytest.mark.slow
 def test_any_chunking_gives_what_the_whole_gives(default_filter, corpus):
     chance = random.Random(3)
     for text in corpus(seed=3, count=40):
@@ -78,6 +80,7 @@ def test_any_chunking_gives_what_the_whole_gives(default_filter, corpus):
             assert stream.findings == whole.findings
 
 
+@pytest.mark.slow
 @settings(
     deadline=None,
     max_examples=60,

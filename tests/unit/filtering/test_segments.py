@@ -62,6 +62,7 @@ def test_suspects_are_the_segments_that_hold_a_trigger():
     assert found == ["a@b.org ", "10 of "]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["a" * 100_000, "a(" * 50_000, "AB " * 30_000, "1 " * 50_000, "ab12 go " * 9_000],

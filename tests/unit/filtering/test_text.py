@@ -39,6 +39,7 @@ def test_a_clean_text_is_left_alone():
     assert RULES.apply(text).findings == {}
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(st.text("ab1 .,\n\"(x@:'", max_size=9) | st.text(max_size=4), max_size=20)

@@ -59,6 +59,7 @@ def post(path: str, body: dict, *more: str) -> bytes:
 # --- who may come in ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_liveness_alone_needs_no_certificate(edge):
     assert edge.ask("GET", "/v2/health/live", anonymous=True)[0::2] == (
         200,
@@ -141,6 +142,7 @@ def test_ready_asks_the_deployments(edge):
     assert edge.service.calls[0].operation.title == "/v2/health/ready"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/digits/infer"])
 def test_every_name_of_predict_is_answered(edge, path):
     body = {**tensor(rows=2), "id": "mine", "model_version": "3"}
@@ -149,6 +151,7 @@ def test_every_name_of_predict_is_answered(edge, path):
     assert answer["outputs"][0]["data"] == [2.0] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/stream", "/v2/models/digits/stream"])
 def test_every_name_of_stream_is_answered_in_events(edge, path):
     status, headers, body = edge.ask("POST", path, text("hello"))
@@ -187,6 +190,7 @@ def test_a_stream_that_fails_later_ends_in_an_error_event(edge):
     assert edge.records()[-1]["status_code"] == "Withheld"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status", "sentence"),
     [
@@ -226,6 +230,7 @@ def test_a_large_body_is_answered(edge):
 # --- several deployments ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_found_by_its_name_or_its_deployments(authority, tmp_path):
     with running(authority, tmp_path, models=("digits", "chat")) as edge:
         for name, model in [
@@ -253,6 +258,7 @@ def test_a_model_is_found_by_its_name_or_its_deployments(authority, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_policy_on_one_model_holds_whatever_name_it_is_called_by(authority, tmp_path):
     rules = "[{from: [{source: {principals: [cluster.local/ns/dev/sa/cli]}}]}]"
     head = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
@@ -281,6 +287,7 @@ def test_a_policy_on_one_model_holds_whatever_name_it_is_called_by(authority, tm
 # --- the connection -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_connection_serves_many_requests(edge):
     with edge.https() as connection:
         for _ in range(20):
@@ -367,6 +374,7 @@ def test_a_new_svid_is_shown_to_the_next_connection(authority, tmp_path):
         assert older.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+@pytest.mark.slow
 def test_without_an_identity_nothing_is_answered(authority, tmp_path):
     source = MovingSource(Identity(authority.issue(GATEWAY), authority.bundles))
     with running(authority, tmp_path, source=source) as edge, edge.socket() as older:
@@ -380,6 +388,7 @@ def test_without_an_identity_nothing_is_answered(authority, tmp_path):
         assert edge.counted() == {"the gateway has no valid identity now": 1}
 
 
+@pytest.mark.slow
 def test_a_root_that_is_dropped_takes_its_clients_along(authority, tmp_path):
     other = type(authority)("b.example")
     both = {**authority.bundles, **other.bundles}
@@ -429,6 +438,7 @@ def gateway(authority, tmp_path, **options) -> Gateway:
     return Gateway(**made)
 
 
+@pytest.mark.slow
 def test_it_stops_cleanly_and_lets_what_runs_end(authority, tmp_path):
     with running(authority, tmp_path, grace_s=5) as edge:
         answers = []
@@ -452,6 +462,7 @@ def test_it_stops_cleanly_and_lets_what_runs_end(authority, tmp_path):
         edge.gateway.stop()
 
 
+@pytest.mark.slow
 def test_what_does_not_end_within_the_grace_is_cut_off(authority, tmp_path):
     with running(authority, tmp_path) as edge, edge.socket() as tls:
         tls.sendall(post("/v1/predict", text("wait")))
@@ -490,6 +501,7 @@ def test_no_limit_can_be_switched_off(value):
         Limits(max_connections=value)
 
 
+@pytest.mark.slow
 def test_a_deployment_that_is_away_is_told_as_such(authority, tmp_path):
     allow = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
     allow += "metadata: {name: a, namespace: ml-api}\nspec: {rules: [{}]}\n"

@@ -210,6 +210,7 @@ _NUMBERS = st.sampled_from(["0", "5", " 5", "+5", "5,5", "chunked", "close", "g"
 _ENDS = st.sampled_from(["\r\n"] * 8 + ["\n", "\r", " \r\n"])
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     st.sampled_from(["POST", "GET", "post", "PUT"]),

@@ -77,6 +77,7 @@ def test_several_deployments_are_told_apart_by_name():
         routes.find("o")
 
 
+@pytest.mark.slow
 def test_a_model_that_may_be_there_is_waited_for(monkeypatch):
     one, two = Known("m"), Known("")
     routes = Routes({"a": one, "b": two})

@@ -211,6 +211,7 @@ def exchange(agent, line):
         return json.loads(connection.makefile().readline())
 
 
+@pytest.mark.slow
 def test_a_request_to_an_agent_that_is_away_names_the_socket(private):
     with pytest.raises(IdentityError, match=r"no identity agent at .*admin\.sock"):
         admin(private / "admin.sock", {"op": "status"}, timeout_s=0.2)

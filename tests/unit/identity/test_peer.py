@@ -217,6 +217,7 @@ def test_a_verifier_is_not_made_of_bad_bundles(bundles, message):
         PeerVerifier(bundles)
 
 
+@pytest.mark.slow
 def test_one_verifier_serves_many_threads(authority):
     chains = [authority.issue(ME).chain_der for _ in range(8)]
     verifier = PeerVerifier(authority.bundles, capacity=4)
@@ -242,6 +243,7 @@ CHAIN = AUTHORITY.intermediate("spiffe://td.example").forge(ME).chain_der
 VERIFIER = PeerVerifier(AUTHORITY.bundles)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 1),

@@ -19,6 +19,7 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_hardened_process_is_not_dumpable_and_leaves_no_core():
     program = (
         "import resource; from ztserve.identity import harden_process, is_dumpable;"

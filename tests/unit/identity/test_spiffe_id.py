@@ -126,6 +126,7 @@ PIECES = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @given(PIECES | PIECES.map("spiffe://td/".__add__) | st.text())
 def test_any_text_is_a_strict_id_or_an_identity_error(text):
     try:

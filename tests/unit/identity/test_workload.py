@@ -84,6 +84,7 @@ def test_federated_bundles_arrive_with_the_identity(authority, scripted, respons
         assert source.current().bundles["b.example"] == foreign.bundle
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_away_is_named_with_what_to_do(private):
     began = time.monotonic()
     with pytest.raises(IdentityError) as caught:
@@ -93,11 +94,13 @@ def test_an_agent_that_is_away_is_named_with_what_to_do(private):
     assert "is the agent running?" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_silent_is_not_waited_for_longer_than_said(scripted):
     with pytest.raises(IdentityError, match=r"within 0\.4 s: .*not answered"):
         WorkloadSource(scripted.socket, timeout_s=0.4)
 
 
+@pytest.mark.slow
 def test_an_agent_that_comes_late_is_waited_for(authority, scripted, response):
     scripted.stop()
     scripted.send(response(authority.issue(ME), authority.bundle))
@@ -108,6 +111,7 @@ def test_an_agent_that_comes_late_is_waited_for(authority, scripted, response):
     timer.join()
 
 
+@pytest.mark.slow
 def test_an_agent_that_comes_back_is_followed_again(authority, scripted, response):
     scripted.send(response(authority.issue(ME), authority.bundle))
     with WorkloadSource(scripted.socket, timeout_s=20) as source:
@@ -119,6 +123,7 @@ def test_an_agent_that_comes_back_is_followed_again(authority, scripted, respons
         until(lambda: source.current().svid.serial == again.serial)
 
 
+@pytest.mark.slow
 def test_an_identity_is_dropped_when_the_agent_no_longer_grants_it(
     authority, scripted, response
 ):
@@ -239,6 +244,7 @@ def test_svids_of_the_agent_are_renewed_at_half_of_their_life(authority, private
         assert agent.status()["issued"] == 2
 
 
+@pytest.mark.slow
 def test_a_process_tells_an_agent_that_was_started_anew_who_it_is(private):
     rules = Rules(trust_domain="td.example", local_ids=(ME,), default_id=OTHER)
     agents = [Agent(ThrowAwayAuthority("td.example"), private, rules) for _ in range(2)]

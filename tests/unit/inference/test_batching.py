@@ -110,6 +110,7 @@ def test_a_step_takes_no_more_rows_than_max_size():
     assert sizes == [3, 3, 1]
 
 
+@pytest.mark.slow
 def test_a_waiting_call_that_is_cancelled_leaves_the_queue():
     gone = threading.Event()
     queued = Queued()
@@ -125,6 +126,7 @@ def test_a_waiting_call_that_is_cancelled_leaves_the_queue():
     assert results[::2] == [[[0]], [[2]]]
 
 
+@pytest.mark.slow
 def test_a_leader_that_is_cancelled_before_its_turn_passes_the_lead_on():
     it, results = combiner(), {}
 
@@ -148,6 +150,7 @@ def test_a_leader_that_is_cancelled_before_its_turn_passes_the_lead_on():
     assert at_rest(it)
 
 
+@pytest.mark.slow
 def test_a_call_that_runs_late_is_told_so_and_the_step_goes_on():
     late = Queued(lambda calls, inputs: time.sleep(0.5) or Outputs(inputs.values))
     late.add(a_call(), rows(0))
@@ -171,6 +174,7 @@ class Interrupt:
         return False
 
 
+@pytest.mark.slow
 def test_an_interrupted_thread_in_the_queue_blocks_no_other():
     interrupt, queued = Interrupt(), Queued()
     queued.add(a_call(), rows(0))
@@ -184,6 +188,7 @@ def test_an_interrupted_thread_in_the_queue_blocks_no_other():
     assert [results[0], *results[2:]] == [[[0]], [[2]], [[3]]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_leader_blocks_no_other():
     interrupt, it = Interrupt(), combiner()
 
@@ -257,6 +262,7 @@ def test_a_step_that_forgets_a_call_is_the_models_failure():
         combiner(lambda calls, inputs: None).run(a_call(), rows(1), expected=False)
 
 
+@pytest.mark.slow
 def test_a_leader_waits_for_the_expected_and_no_longer():
     it = combiner(wait_ms=300)
     it.expect(1)
@@ -271,6 +277,7 @@ def test_a_leader_waits_for_the_expected_and_no_longer():
     assert at_rest(it)
 
 
+@pytest.mark.slow
 def test_a_leader_goes_as_soon_as_the_expected_one_is_called_off():
     it = combiner(wait_ms=1000)
     it.expect(2)
@@ -282,6 +289,7 @@ def test_a_leader_goes_as_soon_as_the_expected_one_is_called_off():
     timer.join()
 
 
+@pytest.mark.slow
 def test_whatever_happens_each_call_ends_and_nothing_stays_behind():
     """Many callers who leave, come late and fail, by chance."""
 

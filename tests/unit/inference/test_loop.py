@@ -81,6 +81,7 @@ def test_at_most_so_many_run_at_once(loop):
     assert most == 2
 
 
+@pytest.mark.slow
 def test_what_waits_for_a_place_can_be_cancelled_before_it_begins(loop):
     """And is then no coroutine that was never awaited, which would be a warning."""
     began = []
@@ -99,6 +100,7 @@ def test_what_waits_for_a_place_can_be_cancelled_before_it_begins(loop):
     assert not began
 
 
+@pytest.mark.slow
 def test_a_batch_goes_on_while_one_of_its_callers_is_there(loop):
     async def work():
         await asyncio.sleep(0.4)
@@ -109,6 +111,7 @@ def test_a_batch_goes_on_while_one_of_its_callers_is_there(loop):
         loop.wait((a_call(0.1), a_call(0.2)), work())
 
 
+@pytest.mark.slow
 def test_whoever_leaves_waits_for_the_end_of_what_it_cancelled(loop):
     ended = []
 
@@ -124,6 +127,7 @@ def test_whoever_leaves_waits_for_the_end_of_what_it_cancelled(loop):
     assert ended == [1]
 
 
+@pytest.mark.slow
 def test_what_does_not_end_is_left_after_a_bounded_time(loop, monkeypatch):
     monkeypatch.setattr(loop_module, "CLOSE_S", 0.2)
     release = asyncio.Event()
@@ -142,6 +146,7 @@ def test_what_does_not_end_is_left_after_a_bounded_time(loop, monkeypatch):
     loop._loop.call_soon_threadsafe(release.set)
 
 
+@pytest.mark.slow
 def test_a_closed_loop_takes_nothing_and_ends_what_runs(loop):
     cancelled = []
 
@@ -203,6 +208,7 @@ def test_an_async_model_never_sees_a_call_that_was_cancelled_before(runner_of, b
     assert not ran
 
 
+@pytest.mark.slow
 def test_an_async_stream_that_comes_late_is_told_so_and_closed(runner_of):
     closed = []
 

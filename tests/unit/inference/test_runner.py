@@ -132,6 +132,7 @@ def test_a_denial_of_an_inner_hop_is_not_told_as_the_callers_own():
 # --- batching -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calls_that_queue_together_go_through_the_model_together():
     sizes = []
     first = threading.Event()
@@ -164,6 +165,7 @@ def test_a_lone_call_does_not_wait_for_company():
     assert time.monotonic() - start < 0.5
 
 
+@pytest.mark.slow
 def test_a_call_waits_for_those_already_admitted():
     sizes = []
 
@@ -243,6 +245,7 @@ def test_more_rows_than_max_size_go_alone():
     assert len(run(runner, rows(1, 2, 3))["y"]) == 3
 
 
+@pytest.mark.slow
 def test_many_callers_each_get_their_own_rows():
     runner = Runner(lambda x: x * 2, inputs=X, outputs=Y, batch=Batch(16, wait_ms=1))
 
@@ -271,6 +274,7 @@ def test_self_call_names_the_call_and_a_batch_names_them_all():
         current_call()
 
 
+@pytest.mark.slow
 def test_beyond_the_queue_a_call_is_refused_and_nothing_is_lost():
     go = threading.Event()
 
@@ -295,6 +299,7 @@ def test_beyond_the_queue_a_call_is_refused_and_nothing_is_lost():
     assert all("y" in r for r in results[:3])
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_wait_in_the_queue():
     go = threading.Event()
 
@@ -331,6 +336,7 @@ def test_a_cancelled_call_never_reaches_the_model():
     assert "y" in run(runner, rows(1))
 
 
+@pytest.mark.slow
 def test_an_async_model_is_cancelled_when_its_caller_goes_away():
     ended = threading.Event()
 
@@ -518,6 +524,7 @@ def test_a_failing_generator_is_the_models_failure():
         run(runner, PROMPT)
 
 
+@pytest.mark.slow
 def test_the_models_cleanup_waits_for_the_step_that_runs():
     inside, order = threading.Event(), []
 

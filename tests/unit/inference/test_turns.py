@@ -55,6 +55,7 @@ def test_turns_come_in_order_of_arrival():
     assert order == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_whoever_asks_again_at_once_waits_behind_the_others():
     turns, taken = Turns(), []
 
@@ -75,6 +76,7 @@ def test_whoever_asks_again_at_once_waits_behind_the_others():
     assert all(one != other for one, other in pairwise(taken[:38]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error"),
     [({"seconds": 0.05}, DeadlineExceeded), ({"cancelled": gone}, Cancelled)],
@@ -88,6 +90,7 @@ def test_a_call_that_is_not_wanted_any_more_stops_waiting(call, error):
     assert not turns._taken
 
 
+@pytest.mark.slow
 def test_what_interrupts_the_waiting_takes_the_call_out():
     def interrupted():
         raise KeyboardInterrupt
@@ -102,6 +105,7 @@ def test_what_interrupts_the_waiting_takes_the_call_out():
     assert not turns._taken
 
 
+@pytest.mark.slow
 def test_a_turn_that_comes_to_one_who_just_left_goes_to_the_next():
     turns, held = Turns(), threading.Lock()
 

@@ -105,6 +105,7 @@ def test_it_says_for_whom_it_calls(authority) -> None:
     assert served.service.calls[0].caller.subject == "ada"
 
 
+@pytest.mark.slow
 def test_nothing_there_is_unavailable(authority) -> None:
     async def run() -> None:
         source = authority.source(CLI)
@@ -145,6 +146,7 @@ async def until_it_fails(client: AsyncClient) -> None:
         await client.infer({"t": "hi"})
 
 
+@pytest.mark.slow
 def test_it_follows_the_directory(authority) -> None:
     book = Book()
     door = Server(directory_methods(book), source=authority.source(DOOR))

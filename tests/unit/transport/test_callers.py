@@ -68,6 +68,7 @@ def test_a_malformed_header_is_refused(raw: bytes, match: str) -> None:
         callers.read(raw, audience=AUD, peer=PEER)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_caller_or_unauthenticated(raw: bytes) -> None:

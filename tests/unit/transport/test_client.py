@@ -59,6 +59,7 @@ def test_a_stream_that_is_left_gives_its_place_free(authority) -> None:
         assert served.server.in_flight == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -86,12 +87,14 @@ def test_the_models_failure_is_an_inference_error(served, client, how: str) -> N
         list(getattr(client, how)({"t": "raise InferenceError"}))
 
 
+@pytest.mark.slow
 def test_overloaded_is_retried_a_few_times(served: Served, client: Client) -> None:
     with pytest.raises(errors.Overloaded):
         client.infer({"t": "raise Overloaded"})
     assert len(served.service.calls) == 4
 
 
+@pytest.mark.slow
 def test_a_timeout_is_deadline_exceeded(served: Served, client: Client) -> None:
     with pytest.raises(errors.DeadlineExceeded):
         client.infer({"t": "wait"}, timeout_s=0.3)
@@ -123,6 +126,7 @@ def test_a_connection_that_breaks_midway_is_interrupted_and_not_retried(
     assert len(served.service.calls) == 1
 
 
+@pytest.mark.slow
 def test_nothing_there_is_unavailable_with_its_cause(authority) -> None:
     with (
         Client("127.0.0.1:1", source=authority.source(CLI), server_id=SERVER) as client,
@@ -131,6 +135,7 @@ def test_nothing_there_is_unavailable_with_its_cause(authority) -> None:
         client.infer({"t": "hi"})
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_us_names_the_likely_cause(authority) -> None:
     stranger = ThrowAwayAuthority(authority.trust_domain)
     source = FixedSource(Identity(stranger.issue(CLI), authority.bundles))
@@ -171,6 +176,7 @@ def until_it_fails(client: Client) -> None:
         client.infer({"t": "hi"})
 
 
+@pytest.mark.slow
 def test_a_client_whose_identity_ended_makes_no_call(authority, served) -> None:
     source = MovingSource(Identity(authority.issue(CLI), authority.bundles))
     with Client(served.address, source=source, server_id=SERVER) as client:
@@ -183,6 +189,7 @@ def test_a_client_whose_identity_ended_makes_no_call(authority, served) -> None:
         client.infer({"t": "hi"})
 
 
+@pytest.mark.slow
 def test_an_expired_identity_makes_no_call(authority, served) -> None:
     svid = authority.issue(CLI, ttl_s=1)
     source = MovingSource(Identity(svid, authority.bundles))
@@ -278,6 +285,7 @@ def test_rotation_and_a_new_authority_cost_no_call() -> None:
     assert len(serials) == 7
 
 
+@pytest.mark.slow
 def test_a_root_that_was_withdrawn_ends_the_connections_it_vouched_for() -> None:
     old = ThrowAwayAuthority("dev.ztserve.internal")
     new = ThrowAwayAuthority("dev.ztserve.internal")

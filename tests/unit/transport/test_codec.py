@@ -143,6 +143,7 @@ def test_too_many_tensors_dimensions_and_long_names_are_refused() -> None:
         codec.request(pb.ModelInferRequest(id="x" * 257).SerializeToString())
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_decode_or_are_invalid_input(data: bytes) -> None:
@@ -150,6 +151,7 @@ def test_any_bytes_decode_or_are_invalid_input(data: bytes) -> None:
         codec.request(data)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_raw_strings_decode_or_are_invalid_input(data: bytes) -> None:
@@ -202,6 +204,7 @@ def test_millions_of_empty_tensors_are_counted_not_unpacked(field):
         codec.request(message)
 
 
+@pytest.mark.slow
 def test_uncounted_they_would_all_be_unpacked(monkeypatch):
     monkeypatch.setattr(codec, "MAX_TENSORS", 10**9)
     message = bytes([6 << 3 | 2, 0]) * 200_000

@@ -70,12 +70,14 @@ def test_a_client_finds_the_replicas_and_follows_them(authority, book) -> None:
             assert book.seen == [ECHO]
 
 
+@pytest.mark.slow
 def test_a_call_waits_for_the_first_replica(authority, book) -> None:
     with serving(authority) as one, client(authority, book) as caller:
         threading.Timer(0.3, book.put, [one.address]).start()
         assert caller.infer({"t": "hi"}) == {"t": "hi"}
 
 
+@pytest.mark.slow
 def test_without_replicas_a_call_is_unavailable(authority, book) -> None:
     with (
         client(authority, book) as caller,
@@ -84,6 +86,7 @@ def test_without_replicas_a_call_is_unavailable(authority, book) -> None:
         caller.infer({"t": "hi"}, timeout_s=0.3)
 
 
+@pytest.mark.slow
 def test_a_denied_watch_is_told_to_the_caller(authority, book) -> None:
     book.denied = True
     with (
@@ -93,6 +96,7 @@ def test_a_denied_watch_is_told_to_the_caller(authority, book) -> None:
         caller.infer({"t": "hi"}, timeout_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_lying_directory_costs_availability_only(authority, book) -> None:
     other = f"spiffe://{DOMAIN}/ns/ml-inference/sa/other"
     with serving(authority, source=authority.source(other)) as wrong:
@@ -106,6 +110,7 @@ def test_a_lying_directory_costs_availability_only(authority, book) -> None:
         assert wrong.refusals == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_the_directory_is_not_believed(authority) -> None:
     with serving(authority) as one:
         book = type("", (), {"address": one.address})

@@ -122,6 +122,7 @@ def test_a_flood_is_at_most_one_report_a_second_for_each_cause(tmp_path: Path) -
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_two_watchers_share_one_pipe_and_the_last_gives_it_back(tmp_path: Path) -> None:
     done = run(
         """
@@ -192,6 +193,7 @@ def test_the_last_words_of_a_process_are_not_lost(tmp_path: Path) -> None:
     assert "RuntimeError: the last words" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_crash_is_still_told(tmp_path: Path) -> None:
     done = run(
         """

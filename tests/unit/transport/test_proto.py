@@ -60,6 +60,7 @@ def test_under_the_protocols_own_package_they_could_not() -> None:
         descriptor_pool.Default().AddSerializedFile(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [inference_pb2, directory_pb2])
 def test_the_committed_code_is_what_its_proto_says(module, tmp_path: Path) -> None:
     out = tmp_path / "set.pb"

@@ -155,6 +155,7 @@ def test_an_unknown_method_is_unimplemented(served: Served) -> None:
     assert code is Code.UNIMPLEMENTED
 
 
+@pytest.mark.slow
 def test_a_message_beyond_the_limit_is_refused_and_recorded(authority) -> None:
     limits = Limits(max_message_bytes=10_000)
     with serving(authority, limits=limits) as served, served.channel() as channel:
@@ -178,6 +179,7 @@ def test_a_call_without_a_message_is_refused(served: Served) -> None:
     assert refused(caught.value)[1] == "the call carried no message"
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_arrive_in_time_ends_the_call(authority) -> None:
     stop = threading.Event()
 
@@ -320,6 +322,7 @@ def test_a_stream_has_a_bounded_number_of_messages(authority) -> None:
     assert len(served.service.calls) == 2
 
 
+@pytest.mark.slow
 def test_a_silent_stream_is_ended(authority) -> None:
     stop = threading.Event()
 
@@ -418,6 +421,7 @@ def test_a_server_starts_once(served: Served) -> None:
         served.server.start("127.0.0.1")
 
 
+@pytest.mark.slow
 def test_stopping_lets_running_calls_end_and_takes_no_new_ones(authority) -> None:
     with serving(authority) as served, served.channel() as channel:
         held = channel.unary_unary(INFER).future(message(t="wait"))
@@ -434,6 +438,7 @@ def test_stopping_lets_running_calls_end_and_takes_no_new_ones(authority) -> Non
         served.server.stop(0)
 
 
+@pytest.mark.slow
 def test_a_call_that_outlasts_the_grace_is_cut(authority) -> None:
     with serving(authority) as served, served.channel() as channel:
         held = channel.unary_unary(INFER).future(message(t="wait"))

@@ -67,6 +67,7 @@ def test_a_request_is_what_the_server_decodes() -> None:
     assert decoded.inputs == request.inputs
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.binary(max_size=20), min_size=2, max_size=5))
 def test_answers_come_back_as_they_were_sent(strings: list[bytes]) -> None:

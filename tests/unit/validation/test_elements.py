@@ -98,6 +98,7 @@ def test_nothing_is_all_right():
     Elements(TensorSpec("x", "FP32", (-1,), low=0)).check(bits("FP32"))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1), st.floats(-5, 0), st.floats(0, 5))
 def test_it_says_what_asking_each_element_says(values, low, high):

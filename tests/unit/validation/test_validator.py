@@ -136,6 +136,7 @@ near = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(tensors | near | st.just(note()), max_size=4), st.data())
 def test_whatever_comes_is_refused_or_is_what_was_declared(given, data):
