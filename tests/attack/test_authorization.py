@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 
-from ztserve.authorization import AccessRequest, PolicySet
+from ztserve.authorization import AccessRequest, PolicySet, fields, match
 from ztserve.errors import ConfigError, Denied
+from ztserve.transport.arrival import sorted_out
 from ztserve.types import Call, Caller, Peer, operations
 
 LOCAL = "dev.ztserve.internal"
@@ -322,3 +323,12 @@ def test_an_address_written_as_ipv6_is_still_denied():
 def test_a_deny_that_can_match_nothing_is_refused(rule, why):
     with pytest.raises(ConfigError, match=why):
         policies(EVERYONE + policy("DENY", rule))
+
+
+def test_taken_as_it_is_such_a_deny_lets_the_call_in(monkeypatch):
+    monkeypatch.setattr(
+        fields, "_header_name", lambda node: match.bracketed(node, "request.headers")[0]
+    )
+    rule = '{when: [{key: "request.headers[x-evil-bin]", values: ["1"]}]}'
+    headers, _ = sorted_out([("x-evil-bin", b"1")], 1000)
+    assert not denies(EVERYONE + policy("DENY", rule), headers=headers)
