@@ -61,3 +61,33 @@ def test_the_options_that_keep_a_bad_update_from_hurting_exist():
 
     taken = inspect.signature(Deployment.options).parameters
     assert {"max_surge_percent", "max_constructor_retry_count"} <= set(taken)
+
+
+def test_the_actor_table_names_the_actor_that_a_process_runs():
+    from ray._private.state import state
+    from ray._raylet import GlobalStateAccessor
+    from ray.core.generated.gcs_pb2 import ActorTableData
+
+    assert callable(state._connect_and_get_accessor)
+    assert GlobalStateAccessor.get_actor_table.__doc__.startswith(
+        "GlobalStateAccessor.get_actor_table(self, job_id, actor_state_name)"
+    )
+    phases = {"ALIVE", "PENDING_CREATION", "RESTARTING"}
+    assert phases <= set(ActorTableData.ActorState.keys())
+    fields = {"pid", "address", "name", "ray_namespace"}
+    assert fields <= {field.name for field in ActorTableData.DESCRIPTOR.fields}
+
+
+def test_a_replica_s_actor_is_named_after_its_app_and_deployment():
+    from ray.serve._private.common import DeploymentID, ReplicaID
+
+    from ztserve.serving import ray_private
+    from ztserve.serving.ray_private import Actor
+
+    name = ReplicaID("r1", DeploymentID("Digits", "default")).to_full_id_str()
+    assert name == "SERVE_REPLICA::default#Digits#r1"
+    assert ray_private.replica_place(Actor(name, "serve")) == ("default", "Digits")
+    for other in (Actor(name, "mine"), Actor("SERVE_CONTROLLER_ACTOR", "serve")):
+        assert ray_private.replica_place(other) is None
+    for hostile in ("SERVE_REPLICA::", "SERVE_REPLICA::a#b#c#d"):
+        assert ray_private.replica_place(Actor(hostile, "serve")) is None

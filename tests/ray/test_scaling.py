@@ -224,9 +224,7 @@ def test_a_registry_that_is_away_is_waited_for(models, digits, developer):
             failures.append(error)
 
     def waits():
-        return any(
-            "registry-away" in json.dumps(r) for r in records(digits, "patient")
-        )
+        return any("registry-away" in json.dumps(r) for r in records(digits, "patient"))
 
     starting = threading.Thread(target=start)
     registry.rename(aside)

@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "verify": "verify a model as a replica would",
     "publish": "release a signed model as name:version, and put it into the registry",
     "svid": "write the developer's SVID, key and trust bundle to files",
+    "quarantine": "refuse a principal or a stolen SVID at once, or let it in again",
     "agent": "show or stop the embedded identity agent",
     "audit": "show the audit log, or verify that it is self-consistent",
     "config": "show each setting and where it came from",

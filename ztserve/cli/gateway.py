@@ -27,7 +27,10 @@ def run(chosen: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     where = settings.gateway
-    with config.open_log(settings, where.service, str(where.port), source) as log:
+    with (
+        config.open_quarantine(settings) as quarantine,
+        config.open_log(settings, where.service, str(where.port), source) as log,
+    ):
         gateway = Gateway(
             source=source,
             policies=config.load_policies(
@@ -38,10 +41,12 @@ def run(chosen: argparse.Namespace) -> int:
                 operations=None,
             ),
             deployments={
-                name: client(settings, source, name) for name in where.deployments
+                name: client(settings, source, name, quarantine)
+                for name in where.deployments
             },
             log=log,
             address=(where.host, chosen.port or where.port),
+            quarantine=quarantine,
         )
         host, port = gateway.start()
         print(f"https://{host}:{port} as {settings.gateway_id}", flush=True)
@@ -52,7 +57,10 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def client(
-    settings: config.Settings, source: identity.Source, deployment: str
+    settings: config.Settings,
+    source: identity.Source,
+    deployment: str,
+    quarantine: identity.Quarantine | None = None,
 ) -> transport.AsyncClient:
     """Return a client of one deployment, found through the directory."""
     namespace, _, service = deployment.rpartition("/")
@@ -61,4 +69,5 @@ def client(
         source=source,
         directory=f"{settings.directory.host}:{settings.directory.port}",
         directory_id=settings.directory_id,
+        quarantine=quarantine,
     )

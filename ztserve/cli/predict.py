@@ -39,6 +39,7 @@ def run(chosen: argparse.Namespace) -> int:
     settings = config.load()
     inputs = parsed(chosen.input)
     with (
+        config.open_quarantine(settings) as quarantine,
         config.obtain_identity(settings) as source,
         transport.Client(
             target(settings, chosen.deployment),
@@ -46,6 +47,7 @@ def run(chosen: argparse.Namespace) -> int:
             directory=f"{settings.directory.host}:{settings.directory.port}",
             directory_id=settings.directory_id,
             timeout_s=chosen.timeout_s,
+            quarantine=quarantine,
         ) as client,
     ):
         if chosen.example:

@@ -10,10 +10,12 @@ from ztserve.config.environment import (
 from ztserve.config.file import found_file, load
 from ztserve.config.rooms import (
     agent_directory,
+    follow_federation,
     limits,
     load_policies,
     obtain_identity,
     open_log,
+    open_quarantine,
     record_refusal,
 )
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries
@@ -27,12 +29,14 @@ __all__ = [
     "default_environment",
     "endpoint_socket",
     "entries",
+    "follow_federation",
     "found_file",
     "limits",
     "load",
     "load_policies",
     "obtain_identity",
     "open_log",
+    "open_quarantine",
     "process_environment",
     "ray_auth_mode",
     "record_refusal",

@@ -48,11 +48,21 @@ def _check_ids(settings: Settings) -> None:
         settings.spiffe_id("check")
     except IdentityError as error:
         raise ConfigError(f"[identity] trust_domain: {error}") from error
-    for delegate in settings.authorization.delegates:
-        try:
-            SpiffeId.parse(delegate)
-        except IdentityError as error:
-            raise ConfigError(f"[authorization] delegates: {error}") from error
+    ours = settings.identity
+    if len(ours.svid_files) not in (0, 3) or (ours.svid_files and ours.svid_folder):
+        raise ConfigError(
+            "[identity] svid_files: expected three paths (certificate, key, bundle), "
+            "and no svid_folder beside them"
+        )
+    for where, ids in (
+        ("[authorization] delegates", settings.authorization.delegates),
+        ("[identity] admins", settings.identity.admins),
+    ):
+        for one in ids:
+            try:
+                SpiffeId.parse(one)
+            except IdentityError as error:
+                raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_profile(settings: Settings) -> None:
@@ -93,8 +103,17 @@ def _check_ports(settings: Settings) -> None:
 def _located(settings: Settings) -> Settings:
     base = settings.base
     artifacts, audit = settings.artifacts, settings.audit
+    ours = settings.identity
     return replace(
         settings,
+        identity=replace(
+            ours,
+            entries=ours.entries and base / ours.entries,
+            federation=ours.federation and base / ours.federation,
+            svid_files=tuple(base / path for path in ours.svid_files),
+            svid_folder=ours.svid_folder and base / ours.svid_folder,
+            quarantine=base / ours.quarantine,
+        ),
         artifacts=replace(
             artifacts,
             registry=base / artifacts.registry,

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ztserve.config import environment
@@ -140,6 +141,8 @@ def _value(value: Any, kind: Any, where: str) -> Any:
                 f"{where}: {value!r} is none of {', '.join(map(repr, parameters))}"
             )
         return value
+    if origin is UnionType:  # or None, which TOML cannot say
+        return _value(value, parameters[0], where)
     if origin is Annotated:
         return _number(value, parameters[0], parameters[1], where)
     if origin is tuple:

@@ -1,6 +1,7 @@
 """From settings to rooms: what replica, directory and gateway have in common."""
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from ztserve import identity, transport
 from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.config import environment
-from ztserve.config.settings import Settings
+from ztserve.config.settings import IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
-from ztserve.types import Operation
+from ztserve.types import Operation, on_clock_step
 
 ASK_S = 10.0
 """Longest wait of a person's command for an agent that listens and says nothing."""
@@ -18,8 +19,11 @@ ASK_S = 10.0
 
 def obtain_identity(
     settings: Settings, spiffe_id: identity.SpiffeId | None = None
-) -> identity.WorkloadSource:
-    """Get this process its identity from the node's agent.
+) -> identity.LiveSource:
+    """Get this process its identity from the node's agent, or from files.
+
+    SPIFFE_ENDPOINT_SOCKET comes first, then what is configured to lie on disk (SPIFFE
+    Filesystem Delivery, section 3.1), then the embedded agent.
 
     With the embedded agent, `spiffe_id` is registered for this process first; None
     means the identity that the agent gives to an unregistered process of this user.
@@ -29,13 +33,20 @@ def obtain_identity(
     wait_s = settings.identity.wait_s
     named = environment.endpoint_socket()
     if named is not None:
-        source = identity.WorkloadSource(named, timeout_s=wait_s)
-        _check_ours(source, spiffe_id)
-        return source
+        # Plain SPIRE gives all processes of one uid the same SVIDs: each takes its own.
+        return identity.WorkloadSource(
+            named,
+            spiffe_id=spiffe_id,
+            preferred=settings.developer_id,
+            timeout_s=wait_s,
+        )
+    if settings.identity.svid_files or settings.identity.svid_folder:
+        return _ours(_on_disk(settings.identity), spiffe_id)
     if settings.profile == "production":
         raise ConfigError(
             "profile production needs the node's SPIFFE agent: set "
-            "SPIFFE_ENDPOINT_SOCKET=unix:///path/of/its/socket"
+            "SPIFFE_ENDPOINT_SOCKET=unix:///path/of/its/socket, or [identity] "
+            "svid_files or svid_folder"
         )
     folder = agent_directory(settings)
     endpoint, admin = identity.workload_endpoint(folder), identity.admin_path(folder)
@@ -51,20 +62,33 @@ def obtain_identity(
         endpoint,
         timeout_s=wait_s,
         # An agent that was started anew knows nobody.
-        reconnecting=partial(identity.register, admin, spiffe_id, timeout_s=1.0),
+        reconnecting=partial(identity.register_again, admin, spiffe_id, timeout_s=1.0),
     )
 
 
-def _check_ours(
-    source: identity.WorkloadSource, spiffe_id: identity.SpiffeId | None
-) -> None:
+def _on_disk(chosen: IdentitySettings) -> identity.LiveSource:
+    domain, wait_s = chosen.trust_domain, chosen.wait_s
+    if chosen.svid_folder:
+        return identity.FolderSource(
+            chosen.svid_folder, trust_domain=domain, timeout_s=wait_s
+        )
+    certificate, key, bundle = chosen.svid_files
+    return identity.FileSource(
+        certificate, key, bundle, trust_domain=domain, timeout_s=wait_s
+    )
+
+
+def _ours(
+    source: identity.LiveSource, spiffe_id: identity.SpiffeId | None
+) -> identity.LiveSource:
     given = source.current().svid.id
     if spiffe_id is not None and given != spiffe_id:
         source.close()
         raise IdentityError(
-            f"the SPIFFE agent at {source.socket} gives this process {given}, and it "
-            f"is to be {spiffe_id}: mend its registration entry"
+            f"{source.whence}: this process is given {given}, and it is to be "
+            f"{spiffe_id}: mend its registration entry"
         )
+    return source
 
 
 def agent_directory(settings: Settings) -> Path:
@@ -72,12 +96,40 @@ def agent_directory(settings: Settings) -> Path:
     return identity.private_directory(settings.state)
 
 
+def follow_federation(
+    settings: Settings, on_event: Callable[[str, Mapping[str, object]], object]
+) -> identity.Federation | None:
+    """Follow the bundles of those whom we federate with, and the file that names them.
+
+    Raises ConfigError or IdentityError where the file cannot be used.
+    """
+    path = settings.identity.federation
+    if path is None:
+        return None
+    store = settings.state / "federation"
+    store.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = identity.RelationshipFile(path, on_event=on_event)
+    federation = identity.Federation(
+        file.relationships,
+        trust_domain=settings.identity.trust_domain,
+        store=store,
+        on_event=on_event,
+    )
+    file.follow(federation)
+    return federation
+
+
+def open_quarantine(settings: Settings) -> identity.Quarantine:
+    """Follow the list of those who are refused; IdentityError if it is unusable."""
+    return identity.Quarantine.open(settings.identity.quarantine)
+
+
 def open_log(
     settings: Settings, service: str, name: str, source: identity.Source
 ) -> Log:
     """Open this process's own audit file, before anything else can happen."""
     svid = source.current().svid
-    return Log(
+    log = Log(
         settings.audit.directory / f"{service}-{name}.jsonl",
         origin={
             "service": service,
@@ -88,6 +140,16 @@ def open_log(
         max_bytes=settings.audit.max_bytes,
         reserve_bytes=settings.audit.reserve_bytes,
     )
+    on_clock_step(partial(_tell_step, log))
+    return log
+
+
+def _tell_step(log: Log, seconds: float) -> None:
+    # On a thread of its own: the log itself may be asking what time it is, locked.
+    facts = {"seconds": round(seconds, 3)}
+    threading.Thread(
+        target=partial(log.event, "clock-stepped", **facts), daemon=True
+    ).start()
 
 
 def record_refusal(log: Log, refusal: transport.Refusal) -> None:
@@ -115,10 +177,19 @@ def load_policies(
     return PolicySet.load(
         settings.authorization.policies,
         trust_domain=settings.identity.trust_domain,
+        federated=_federated(settings),
         namespace=namespace,
         labels={"app": service, **(labels or {})},
         operations=operations,
     )
+
+
+def _federated(settings: Settings) -> tuple[str, ...]:
+    path = settings.identity.federation
+    if path is None:
+        return ()
+    file = identity.RelationshipFile(path)
+    return tuple(one.trust_domain for one in file.relationships)
 
 
 def limits(settings: Settings) -> transport.Limits:

@@ -42,6 +42,20 @@ class IdentitySettings:
     """Longest wait for an agent that is away."""
     svid_ttl_s: Seconds = 3600.0
     """Lifetime of the SVIDs that the development authority issues."""
+    svid_files: tuple[Path, ...] = ()
+    """Certificate chain, key and our bundle (PEM), where no agent gives an SVID."""
+    svid_folder: Path | None = None
+    """The same as a SPIFFE credential folder."""
+    entries: Path | None = None
+    """Registration entries of the embedded agent; None: its own rules hold."""
+    federation: Path | None = None
+    """With whom the embedded agent federates; None: with nobody."""
+    bundle_port: Port = 0
+    """Where the embedded agent serves our trust bundle to others; 0: nowhere."""
+    quarantine: Path = Path(".ztserve/quarantine.json")
+    """Who is refused although their SVID holds; edited by `ztserve quarantine`."""
+    admins: tuple[str, ...] = ()
+    """SPIFFE IDs that may edit it where there is no embedded agent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ class Connection(asyncio.Protocol):
         """End the present answer if the client's identity does not hold any more."""
         if self._task is not None and self.chain:
             try:
-                self._house.edge.peer(self.chain)
+                self._house.check(self._house.edge.peer(self.chain))
             except CallError as error:
                 _LOG.warning("an answer is cut off: %s", error)
                 self._transport.abort()

@@ -22,7 +22,9 @@ from ztserve.gateway.places import Places
 from ztserve.gateway.routes import LIVE, Routes
 from ztserve.gateway.tls import Edge
 from ztserve.gateway.visit import Visit
+from ztserve.identity import Quarantine
 from ztserve.transport import http_status
+from ztserve.types import Peer
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Desk:
         log: Log,
         limits: Limits,
         port: int,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.edge = edge
         self.policies = policies
@@ -48,6 +51,7 @@ class Desk:
         self.log = log
         self.limits = limits
         self.port = port
+        self._quarantine = quarantine
         self.places = Places(limits)
         self.connections: set[Connection] = set()
         self._refused: Counter[str] = Counter()
@@ -64,6 +68,11 @@ class Desk:
             await visit.walk()
         except Exception as error:  # noqa: BLE001 - told to the client and the log
             await self._tell(connection.out, error, visit.id)
+
+    def check(self, peer: Peer) -> None:
+        """Raise CallError if `peer` is in quarantine, or no list can be used."""
+        if self._quarantine is not None:
+            self._quarantine.check(peer)
 
     def refused(self, cause: str) -> None:
         """Count a connection or request that ended before there was a call."""

@@ -16,7 +16,7 @@ from ztserve.gateway.desk import Desk
 from ztserve.gateway.limits import Limits
 from ztserve.gateway.routes import Deployment, Routes
 from ztserve.gateway.tls import Edge
-from ztserve.identity import Source
+from ztserve.identity import Quarantine, Source
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Gateway:
         log: where each call is recorded before its answer ends.
         address: host and port to listen on; port 0: any free one.
         limits: bounds on what the outside may send, hold and keep waiting.
+        quarantine: who is refused although their SVID holds; None: nobody.
 
     Raises ConfigError without a deployment, IdentityError without an identity.
 
@@ -50,6 +51,7 @@ class Gateway:
         log: Log,
         address: tuple[str, int] = ("127.0.0.1", 8443),
         limits: Limits = Limits(),  # noqa: B008 - frozen
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._edge = Edge(source)
         self._policies = policies
@@ -57,6 +59,7 @@ class Gateway:
         self._log = log
         self._address = address
         self._limits = limits
+        self._quarantine = quarantine
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop
         self._ending = asyncio.Event()
@@ -75,6 +78,7 @@ class Gateway:
             log=self._log,
             limits=self._limits,
             port=port,
+            quarantine=self._quarantine,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -141,10 +145,9 @@ async def _watch(desk: Desk) -> None:
         now = time.monotonic()
         for connection in list(desk.connections):
             connection.look(now)
+            connection.judge()
         if now - told >= _TELL_S:
             told = now
-            for connection in list(desk.connections):
-                connection.judge()
             desk.flush()
 
 

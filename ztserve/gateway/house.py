@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ztserve.gateway.limits import Limits
     from ztserve.gateway.places import Places
     from ztserve.gateway.tls import Edge
+    from ztserve.types import Peer
 
 
 class State(Enum):
@@ -36,6 +37,9 @@ class House(Protocol):
 
     def answer(self, connection: Connection, head: Head) -> Coroutine[Any, Any, None]:
         """Answer one request, whatever happens."""
+
+    def check(self, peer: Peer) -> None:
+        """Raise CallError if `peer` may not go on."""
 
     def refused(self, cause: str) -> None:
         """Count a connection that ended before there was a call."""

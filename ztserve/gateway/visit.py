@@ -60,6 +60,7 @@ class Visit:
         desk = self._desk
         call = self._call(self._peer())
         with desk.log.record(call) as record, desk.places.request(call.peer.id):
+            desk.check(call.peer)
             self._authorize(call, record)
             if not self._wanted.method:
                 raise NotFound("there is no such path here")

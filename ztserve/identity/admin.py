@@ -1,8 +1,9 @@
 """The agent's admin socket: one line of JSON there, one line back.
 
 Requests: ``{"op": "register", "id": "spiffe://..."}`` gives the connecting process its
-identity, once; ``{"op": "status"}``; ``{"op": "stop"}``. An answer is ``{"ok": true,
-...}`` or ``{"ok": false, "error": "..."}``.
+identity, once in its life; ``{"op": "whoami"}`` tells the one that it registered, or
+null; ``{"op": "status"}``. For admins alone: ``{"op": "stop"}``, and what the agent was
+given besides. An answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": "..."}``.
 """
 
 import json
@@ -39,6 +40,20 @@ def register(
     agent's reason if it refuses, at once.
     """
     admin(admin_socket, {"op": "register", "id": spiffe_id}, timeout_s=timeout_s)
+
+
+def register_again(
+    admin_socket: str | os.PathLike[str], spiffe_id: str, *, timeout_s: float = 10.0
+) -> None:
+    """Have an agent that may have been started anew name this process `spiffe_id`.
+
+    One that knows it already is not asked twice: that would be an alert. Raises
+    IdentityError as `register` does.
+    """
+    deadline = time.monotonic() + timeout_s
+    known = admin(admin_socket, {"op": "whoami"}, timeout_s=timeout_s)["id"]
+    if known != spiffe_id:
+        register(admin_socket, spiffe_id, timeout_s=_left(deadline))
 
 
 def admin(

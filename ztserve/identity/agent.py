@@ -1,37 +1,49 @@
 """The embedded agent: SPIFFE's Workload API on a unix socket, for development.
 
-It speaks the X.509 profile of the standard, so that what runs on it runs on SPIRE
-unchanged; calls of the JWT profile are answered UNIMPLEMENTED. Which process gets which
-ID is decided by `attestation.Rules`: hygiene, and no boundary, between processes of one
-uid. It runs in threads of its own, in a Ray actor as well as in a plain process.
+It speaks the X.509 and JWT profiles of the standard (`workload_service`), so that what
+runs on it runs on SPIRE unchanged. Which process gets which ID is decided by
+registration entries (`entries`) or, without a file of them, by `attestation.Rules`.
+**A boundary** it is to processes of other uids, which reach neither socket. Between
+processes of its own uid all of this is **hygiene**, and makes lies visible: whoever
+runs as that uid could also read an unhardened process's memory. It runs in threads of
+its own, in a Ray actor as well as in a plain process.
 """
 
 import contextlib
 import fcntl
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import ParamSpec, Self, TypeVar
+from types import MappingProxyType
+from typing import ParamSpec, Self, TypeAlias, TypeVar
 
 import grpc
 
-from ztserve.errors import IdentityError
+from ztserve.errors import IdentityError, ZTServeError
 from ztserve.identity import workload_api as wire
 from ztserve.identity.admin import admin_path, workload_endpoint
-from ztserve.identity.attestation import Claims, Process, Rules
+from ztserve.identity.attestation import Process, Rules
 from ztserve.identity.authority import DEFAULT_TTL_S, Authority
+from ztserve.identity.entry_file import EntryFile
+from ztserve.identity.events import Events, OnEvent
 from ztserve.identity.front import Front
 from ztserve.identity.process import check_private
-from ztserve.identity.svid import Svid
+from ztserve.identity.registration import Check, Registry
+from ztserve.identity.selectors import Further, Selectors
+from ztserve.identity.workload_callers import Callers
+from ztserve.identity.workload_service import FederatedBundles, WorkloadService
 
-_LOG = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+Operation: TypeAlias = Callable[[Process, Mapping[str, object]], dict[str, object]]
+"""Answers one admin request; raises a ZTServeError to refuse it."""
+
+MAX_MESSAGE_BYTES = 16 * 1024
+"""Of a request: it holds a JWT-SVID and an audience at most."""
 _MAX_STREAMS = 512
 _STOP_GRACE_S = 0.5
 
@@ -39,19 +51,40 @@ _STOP_GRACE_S = 0.5
 class Agent:
     """Hands out SVIDs of `authority` on sockets in the private `directory`.
 
-    `rules` say who may have which ID; SVIDs live `ttl_s` seconds and are renewed at
-    half of that. `on_stop` is called, in a thread of its own, when an admin request
-    asks the agent to stop; without it such requests are refused. Raises IdentityError
-    where the directory is not private or another agent has it.
+    Args:
+        authority: who signs.
+        directory: where the sockets are; ours, and closed to others.
+        rules: who may have which ID; with `entries`, what holds in spite of these.
+        ttl_s: life of the SVIDs, which are renewed at half of it.
+        admin_ids: whose processes may ask for `stop` and `extra_ops`; no Ray worker.
+        entries: the file of registration entries (`entries`), followed while it runs.
+        selectors: tells what ``ray:`` selectors hold for a process.
+        check: asked before a worker's claim is believed.
+        federation: the bundles of other trust domains.
+        extra_ops: further admin requests, by name, each given the whole request.
+        on_event: writes each registration, issue, refusal, alert and admin request;
+            floods are counted. What it raises on purpose refuses what was to be done.
+        on_stop: called, in a thread of its own, when an admin asks the agent to stop;
+            without it such requests are refused.
+
+    Raises ConfigError for entries that are not understood.
+
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each has a default, but for the first three
         self,
         authority: Authority,
         directory: Path,
         rules: Rules,
         *,
         ttl_s: float = DEFAULT_TTL_S,
+        admin_ids: tuple[str, ...] = (),
+        entries: Path | None = None,
+        selectors: Further = lambda _process: (),
+        check: Check = lambda _process, _spiffe_id: None,
+        federation: FederatedBundles | None = None,
+        extra_ops: Mapping[str, Operation] = MappingProxyType({}),
+        on_event: OnEvent = lambda _kind, _fields: None,
         on_stop: Callable[[], None] | None = None,
     ) -> None:
         if rules.trust_domain != authority.trust_domain:
@@ -60,13 +93,29 @@ class Agent:
             )
         self._authority = authority
         self._directory = directory
-        self._claims = Claims(rules)
         self._rules = rules
-        self._ttl_s = ttl_s
+        self._extra_ops = extra_ops
         self._on_stop = on_stop
-        self._issued = 0
+        self._federation = federation
+        self._events = Events(on_event)
+        self._entries = (
+            None
+            if entries is None
+            else EntryFile(
+                entries,
+                rules.trust_domain,
+                selectors=Selectors(selectors),
+                told=lambda kind, what: self._events.note(kind, None, what=what),
+            )
+        )
+        self._registry = Registry(
+            rules, entries=self._entries, check=check, admin_ids=admin_ids
+        )
+        self._callers = Callers(self._attested, self._registry, self._events)
+        self._service = WorkloadService(
+            authority, self._callers, federation=federation, ttl_s=ttl_s
+        )
         self._started = 0.0
-        self._lock = threading.Lock()
         self._cleanup = contextlib.ExitStack()
         self._front: Front | None = None
 
@@ -90,7 +139,15 @@ class Agent:
             for path in (inner, public, self.admin_socket):
                 path.unlink(missing_ok=True)  # we hold the lock: it is a dead agent's
                 undo.callback(path.unlink, missing_ok=True)
-            self._front = Front(public, self.admin_socket, inner, self._answer)
+            self._front = Front(
+                public,
+                self.admin_socket,
+                inner,
+                answer=self._answer,
+                refused=self._events.refused,
+            )
+            undo.callback(self._events.close)
+            self._follow_changes(undo)
             try:
                 self._serve_grpc(inner, undo)
                 undo.callback(self._front.stop)
@@ -113,18 +170,30 @@ class Agent:
 
     def status(self) -> dict[str, object]:
         """Return what an operator wants to know; nothing in it is secret."""
-        living = self._claims.living()
+        living = self._registry.living()
+        entries = self._entries
         return {
             "trust_domain": self._authority.trust_domain,
             "pid": os.getpid(),
             "socket": self.socket,
             "uptime_s": round(time.monotonic() - self._started, 3),
-            "issued": self._issued,
+            "issued": self._callers.issued,
+            "entries": None if entries is None else len(entries.entries),
             "registrations": [
                 {"pid": process.pid, "id": str(spiffe_id)}
                 for process, spiffe_id in living.items()
             ],
         }
+
+    def _follow_changes(self, undo: contextlib.ExitStack) -> None:
+        changed = self._callers.changed
+        undo.callback(self._authority.subscribe(changed))
+        if self._federation is not None:
+            undo.callback(self._federation.subscribe(changed))
+        if self._entries is not None:
+            undo.callback(self._entries.subscribe(changed))
+            undo.callback(self._entries.close)
+            self._entries.follow()
 
     def _hold_directory(self, undo: contextlib.ExitStack) -> None:
         path = self._directory / "lock"
@@ -139,102 +208,24 @@ class Agent:
         except OSError as error:
             raise IdentityError(f"{path}: {error.strerror}") from error
 
-    # --- the Workload API -------------------------------------------------------
-
     def _serve_grpc(self, inner: Path, undo: contextlib.ExitStack) -> None:
         server = grpc.server(
             _DaemonThreads(),  # type: ignore[arg-type]
             maximum_concurrent_rpcs=_MAX_STREAMS,
             options=(
-                ("grpc.max_receive_message_length", 4096),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_metadata_size", 4096),
                 ("grpc.so_reuseport", 0),
             ),
         )
-        handlers = {
-            wire.FETCH_SVID: grpc.unary_stream_rpc_method_handler(
-                self._fetch_svid,
-                wire.X509SVIDRequest.FromString,
-                wire.X509SVIDResponse.SerializeToString,
-            ),
-            wire.FETCH_BUNDLES: grpc.unary_stream_rpc_method_handler(
-                self._fetch_bundles,
-                wire.X509BundlesRequest.FromString,
-                wire.X509BundlesResponse.SerializeToString,
-            ),
-        }
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(wire.SERVICE, handlers),)
-        )
+        server.add_generic_rpc_handlers((self._service.handler(),))
         server.add_insecure_port(f"unix://{inner}")
         server.start()
         inner.chmod(0o600)
         undo.callback(lambda: server.stop(_STOP_GRACE_S).wait())
 
-    def _fetch_svid(
-        self, _: wire.X509SVIDRequest, context: grpc.ServicerContext
-    ) -> Iterator[wire.X509SVIDResponse]:
-        process = self._caller(context)
-        for _turn in _turns(context, self._ttl_s / 2):
-            svid = self._issue(process, context)
-            yield wire.X509SVIDResponse(
-                svids=[
-                    wire.X509SVID(
-                        spiffe_id=svid.id,
-                        x509_svid=b"".join(svid.chain_der),
-                        x509_svid_key=svid.key_der(),
-                        bundle=b"".join(self._authority.bundle),
-                    )
-                ]
-            )
-
-    def _fetch_bundles(
-        self, _: wire.X509BundlesRequest, context: grpc.ServicerContext
-    ) -> Iterator[wire.X509BundlesResponse]:
-        process = self._caller(context)
-        for _turn in _turns(context, self._ttl_s / 2):
-            self._identify(process, context)
-            name = f"spiffe://{self._authority.trust_domain}"
-            yield wire.X509BundlesResponse(
-                bundles={name: b"".join(self._authority.bundle)}
-            )
-
-    def _caller(self, context: grpc.ServicerContext) -> Process:
-        """Return the attested process behind a call, or end the call."""
-        key, value = wire.HEADER
-        given = [v for k, v in context.invocation_metadata() if k == key]
-        if given != [value]:
-            context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"the header {key}: {value} is missing",
-            )
-        front = self._front
-        process = None if front is None else front.caller(context.peer())
-        if process is None:
-            context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, "the connection is not attested"
-            )
-        return process
-
-    def _identify(self, process: Process, context: grpc.ServicerContext) -> str:
-        try:
-            return self._claims.identity_of(process)
-        except IdentityError as error:
-            _LOG.warning("no identity issued: %s", error)
-            context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"no identity issued: {error}"
-            )
-
-    def _issue(self, process: Process, context: grpc.ServicerContext) -> Svid:
-        svid = self._authority.issue(
-            self._identify(process, context), ttl_s=self._ttl_s
-        )
-        with self._lock:
-            self._issued += 1
-        _LOG.info(
-            "issued %s serial %x to process %d", svid.id, svid.serial, process.pid
-        )
-        return svid
+    def _attested(self, address: str) -> Process | None:
+        return self._front.caller(address) if self._front else None
 
     # --- the admin socket -------------------------------------------------------
 
@@ -244,30 +235,41 @@ class Agent:
         self._rules.check_uid(process)
         match request:
             case {"op": "register", "id": str(text), **rest} if not rest:
-                return {"id": str(self._claims.register(process, text))}
+                return self._register(process, text)
+            case {"op": "whoami", **rest} if not rest:
+                self._events.tell("admin-request", process, op="whoami")
+                return {"id": self._registry.held(process)}
             case {"op": "status", **rest} if not rest:
+                self._events.tell("admin-request", process, op="status")
                 return self.status()
             case {"op": "stop", **rest} if not rest:
-                return self._asked_to_stop(process)
-        raise IdentityError("expected op register (with id), status or stop")
+                self._check_admin(process, "stop")
+                return self._asked_to_stop()
+            case {"op": str(op)} if op in self._extra_ops:
+                self._check_admin(process, op)
+                return self._extra_ops[op](process, request)
+        known = ["register (with id)", "whoami", "status", "stop", *self._extra_ops]
+        raise IdentityError(f"expected op {', '.join(known)}")
 
-    def _asked_to_stop(self, process: Process) -> dict[str, object]:
-        if self._rules.is_worker(process):
-            raise IdentityError(f"process {process.pid} is a Ray worker: it may not")
+    def _register(self, process: Process, text: str) -> dict[str, object]:
+        spiffe_id = self._registry.register(process, text)
+        try:
+            self._events.tell("identity-registered", process, id=spiffe_id)
+        except ZTServeError:
+            self._registry.forget(process)
+            raise
+        return {"id": spiffe_id}
+
+    def _check_admin(self, process: Process, op: str) -> None:
+        admin = self._registry.check_admin(process)
+        # Written before it is done: what cannot be written is not done.
+        self._events.tell("admin-request", process, op=op, id=admin)
+
+    def _asked_to_stop(self) -> dict[str, object]:
         if self._on_stop is None:
             raise IdentityError("this agent ends with the process that started it")
         threading.Thread(target=self._on_stop, daemon=True).start()
         return {}
-
-
-def _turns(context: grpc.ServicerContext, interval_s: float) -> Iterator[None]:
-    """Yield at once and then every `interval_s`, for as long as the caller listens."""
-    ended = threading.Event()
-    if not context.add_callback(ended.set):
-        return
-    while not ended.is_set():
-        yield
-        ended.wait(interval_s)
 
 
 class _DaemonThreads(futures.Executor):

@@ -1,20 +1,19 @@
 """Which process is asking, and which SPIFFE ID may it have?
 
 The kernel tells who is at the other end of a unix socket (SO_PEERCRED, and where there
-is SO_PEERPIDFD a handle that pins the process). Between processes of **one uid** the
-rules here are hygiene and no boundary: such processes can trace one another unless
-hardened, a worker can leave its family tree by forking twice, and all of them can
-reach the same sockets. They keep honest code from taking a wrong name by mistake and
-make a lie visible. A boundary is another uid, container or node.
+is SO_PEERPIDFD a handle that pins the process). **A boundary** is another uid,
+container or node: the kernel keeps those apart. Between processes of one uid the rules
+here are **hygiene**: such processes can trace one another unless hardened, a worker can
+leave its family tree by forking twice, one Ray worker can run code in another, and all
+of them can reach the same sockets. They keep honest code from taking a wrong name by
+mistake, and make a lie visible (`FalseClaim` becomes an alert).
 """
 
-import contextlib
 import errno
 import os
 import select
 import socket
 import struct
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -30,7 +29,14 @@ Connection: TypeAlias = "socket.socket | TransportSocket"
 _SO_PEERPIDFD = 77  # linux >= 6.5; `socket` has no name for it
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _MAX_ANCESTORS = 64
-_MAX_CLAIMS = 4096
+
+
+class FalseClaim(IdentityError):
+    """A claim that no honest process makes: refused, and an alert."""
+
+
+class CannotTell(IdentityError):
+    """What a process may be cannot be found out now: no refusal, ask again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,11 @@ class Process:
     """Clock ticks after boot."""
     uid: int
     gid: int
+
+    def check_alive(self) -> None:
+        """Raise IdentityError if it has ended, also if its pid is another's now."""
+        if _stat(self.pid)[1] != self.started:
+            raise IdentityError(f"process {self.pid} has ended; its pid is another's")
 
 
 def attest(connection: Connection) -> Process:
@@ -153,14 +164,29 @@ class Rules:
         self.check_uid(process)
         self._own(spiffe_id)
         if self.is_worker(process):
+            self.check_worker(process, spiffe_id)
             kind, allowed = "a Ray worker", self._for_workers(spiffe_id)
         else:
-            kind = "a local process"
-            allowed = spiffe_id in (*self.local_ids, self.default_id)
+            kind, allowed = "a local process", self.is_local(spiffe_id)
         if not allowed:
             raise IdentityError(
                 f"process {process.pid} is {kind}, and none such may be {spiffe_id}"
             )
+
+    def check_worker(self, process: Process, spiffe_id: SpiffeId) -> None:
+        """Raise FalseClaim where `spiffe_id` is one that no worker ever gets.
+
+        Those are the IDs of local processes: gateway, doors, developer.
+        """
+        if self.is_local(spiffe_id):
+            raise FalseClaim(
+                f"process {process.pid} is a Ray worker, and none such may be "
+                f"{spiffe_id}"
+            )
+
+    def is_local(self, spiffe_id: SpiffeId) -> bool:
+        """Return whether `spiffe_id` is for local processes alone."""
+        return spiffe_id in (*self.local_ids, self.default_id)
 
     def default(self, process: Process) -> SpiffeId:
         """Return the ID of a process that registered none; IdentityError if none."""
@@ -186,56 +212,3 @@ class Rules:
             raise IdentityError(
                 f"{spiffe_id} is not of the trust domain {self.trust_domain}"
             )
-
-
-class Claims:
-    """Which process has which ID: one for its whole life. Thread-safe."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-        self._claims: dict[Process, SpiffeId] = {}
-        self._lock = threading.Lock()
-
-    def register(self, process: Process, text: str) -> SpiffeId:
-        """Give `process` the ID that it claims; IdentityError if it may not have it.
-
-        A process that has an ID already, be it the default one, can have no other.
-        """
-        spiffe_id = workload_id(text)
-        self._rules.check_claim(process, spiffe_id)
-        return self._settle(process, spiffe_id)
-
-    def identity_of(self, process: Process) -> SpiffeId:
-        """Return the ID of `process`; IdentityError if it has none."""
-        self._rules.check_uid(process)
-        with self._lock:
-            held = self._claims.get(process)
-        return held or self._settle(process, self._rules.default(process))
-
-    def living(self) -> dict[Process, SpiffeId]:
-        """Return the IDs of the processes that still run."""
-        with self._lock:
-            self._prune()
-            return dict(self._claims)
-
-    def _settle(self, process: Process, spiffe_id: SpiffeId) -> SpiffeId:
-        with self._lock:
-            held = self._claims.get(process)
-            if held is None:
-                self._prune()
-                if len(self._claims) >= _MAX_CLAIMS:
-                    raise IdentityError(f"over {_MAX_CLAIMS} processes have identities")
-                self._claims[process] = held = spiffe_id
-        if held != spiffe_id:
-            raise IdentityError(
-                f"process {process.pid} is {held} already and cannot become {spiffe_id}"
-                ": an identity is registered once, before the first use"
-            )
-        return held
-
-    def _prune(self) -> None:
-        for process in list(self._claims):
-            with contextlib.suppress(IdentityError):
-                if _stat(process.pid)[1] == process.started:
-                    continue
-            del self._claims[process]

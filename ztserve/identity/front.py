@@ -1,5 +1,8 @@
 """The agent's two sockets: every connection is attested before a byte of it is read.
 
+That the kernel says who connected is a boundary between uids. Between processes of one
+uid it is hygiene: they all may connect (`attestation`).
+
 gRPC for Python does not tell a handler which process called. So the public socket is
 ours: it asks the kernel who connected, opens a connection of its own to the gRPC server
 from a source address that it has just made up, and copies bytes. The handler sees that
@@ -21,13 +24,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeAlias
 
-from ztserve.errors import IdentityError
+from ztserve.errors import IdentityError, ZTServeError
 from ztserve.identity.admin import MAX_REQUEST_BYTES, REQUEST_TIMEOUT_S, read_object
 from ztserve.identity.attestation import Process, attest
 
 _LOG = logging.getLogger(__name__)
 
 Answer: TypeAlias = Callable[[Process, dict[str, object]], dict[str, object]]
+Refused: TypeAlias = Callable[[Process | None, str, ZTServeError], None]
+"""Told what was refused to whom, and why; None: nobody that could be attested."""
 _Handler: TypeAlias = Callable[
     [Process, asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]
 ]
@@ -35,22 +40,34 @@ _Handler: TypeAlias = Callable[
 _MAX_CONNECTIONS = 1024
 _MAX_CONNECTIONS_OF_ONE = 32
 _START_TIMEOUT_S = 10.0
+_STOP_GRACE_S = 2.0
 _CHUNK = 64 * 1024
 
 
 class Front:
     """Listens on `public` and `admin`, and relays the first to gRPC on `inner`.
 
-    `answer` replies to one admin request and raises IdentityError to refuse it. Runs
-    in a thread with an event loop of its own.
+    `answer` replies to one admin request and raises a ZTServeError to refuse it; it may
+    take its time. `refused` is told of that, and of connections that are turned away.
+    Runs in a thread with an event loop of its own.
     """
 
-    def __init__(self, public: Path, admin: Path, inner: Path, answer: Answer) -> None:
+    def __init__(
+        self,
+        public: Path,
+        admin: Path,
+        inner: Path,
+        *,
+        answer: Answer,
+        refused: Refused = lambda _process, _what, _error: None,
+    ) -> None:
         self._public, self._admin, self._inner = public, admin, inner
         self._answer = answer
+        self._refused = refused
         self._callers: dict[str, Process] = {}
         self._open: Counter[Process] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
         self._listening: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
@@ -98,6 +115,8 @@ class Front:
                 path.chmod(0o600)
             self._listening.set_result(None)
             await self._ending.wait()
+            if self._answering:  # also the request that has us stop
+                await asyncio.wait(self._answering, timeout=_STOP_GRACE_S)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,6 +130,9 @@ class Front:
             task = asyncio.ensure_future(self._guard(handler, reader, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            if handler == self._admit:
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
 
         return accept
 
@@ -120,12 +142,14 @@ class Front:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
+        process = None
         try:
             process = attest(writer.get_extra_info("socket"))
             with self._counted(process):
                 await handler(process, reader, writer)
         except IdentityError as error:
             _LOG.warning("connection refused: %s", error)
+            self._refused(process, "connection", error)
         except (OSError, TimeoutError) as error:
             _LOG.debug("connection ended: %s", error)
         finally:
@@ -173,16 +197,26 @@ class Front:
         writer: asyncio.StreamWriter,
     ) -> None:
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                line = await reader.readline()
-            answer = {"ok": True, **self._answer(process, read_object(line))}
-        except (IdentityError, ValueError) as error:
-            # ValueError: the line is longer than the reader's limit.
+            request = await self._request(reader)
+            # In a thread: it may ask Ray, and others want to be served meanwhile.
+            answer = await asyncio.to_thread(self._answer, process, request)
+            answer = {"ok": True, **answer}
+        except ZTServeError as error:
             answer = {"ok": False, "error": str(error)}
             _LOG.warning("admin request of process %d refused: %s", process.pid, error)
+            self._refused(process, "admin request", error)
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
+
+    async def _request(self, reader: asyncio.StreamReader) -> dict[str, object]:
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                return read_object(await reader.readline())
+        except ValueError as error:
+            raise IdentityError(
+                f"expected one line of JSON, at most {MAX_REQUEST_BYTES} bytes"
+            ) from error
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -3,24 +3,30 @@
 Pure: certificates, trust bundles and the time come in, a Peer comes out or
 Unauthenticated is raised. The rules are those of the X509-SVID standard (sections 4-5)
 and RFC 5280; the chain itself is built by `cryptography`'s verifier, which leaves
-most of SPIFFE's leaf rules to us.
+most of SPIFFE's rules to us and believes whatever it finds among the roots.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.x509.verification import (
+    Criticality,
+    ExtensionPolicy,
+    PolicyBuilder,
+    Store,
+    VerificationError,
+)
 
 from ztserve import types
 from ztserve.errors import IdentityError, Unauthenticated
+from ztserve.identity.bundle import read_authority
+from ztserve.identity.jwk import check_key
 from ztserve.identity.spiffe_id import SpiffeId, trust_domain_name, workload_id
 from ztserve.types import Peer
 
@@ -28,29 +34,29 @@ Moment: TypeAlias = datetime | float
 """A point in time: an aware datetime, or seconds since the epoch (UTC)."""
 
 MAX_CERTIFICATES = 8
-MAX_CHAIN_BYTES = 64 * 1024
+MAX_CHAIN_BYTES = 32 * 1024
 MAX_ROOTS = 64
+MAX_NAME_CHECKS = 10_000
+"""Names in a chain times the name constraints on them (RFC 5280, 4.2.1.10)."""
 PUBLIC = "the peer's identity could not be verified"
 
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
-_MIN_RSA_BITS = 2048
-_Policies: TypeAlias = Callable[[str], PolicyBuilder | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Verified:
-    """A peer whose path holds, and when all of its certificates are valid."""
-
-    peer: Peer
-    not_before: float
-    not_after: float
-
-    def at(self, seconds: float) -> Peer:
-        if seconds > self.not_after:
-            raise _refused(f"{self.peer.id}: expired at {self.peer.not_after}")
-        if seconds < self.not_before:
-            raise _refused(f"{self.peer.id}: not valid until {self.peer.not_before}")
-        return self.peer
+# The Web's rules would refuse leaves that SPIFFE and RFC 5280 allow: without an
+# authority key identifier, with a critical extended key usage (X509-SVID 4.4; its uses
+# are checked below), or with a subject beside a critical SubjectAltName.
+_CA_POLICY = ExtensionPolicy.webpki_defaults_ca()
+_LEAF_POLICY = (
+    ExtensionPolicy.webpki_defaults_ee()
+    .may_be_present(x509.AuthorityKeyIdentifier, Criticality.NON_CRITICAL, None)
+    .may_be_present(x509.ExtendedKeyUsage, Criticality.AGNOSTIC, None)
+)
+_CRITICAL_NAME_POLICY = _LEAF_POLICY.require_present(
+    x509.SubjectAlternativeName, Criticality.CRITICAL, None
+)
+_BOTH_USES = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
+_Extensions: TypeAlias = dict[type[x509.ExtensionType], x509.Extension[Any]]
+_Policies: TypeAlias = tuple[PolicyBuilder, PolicyBuilder]
+"""The roots of a trust domain, for leaves whose name is not critical, and is."""
+_Bundles: TypeAlias = Callable[[str], _Policies | None]
 
 
 def verify_peer(
@@ -63,28 +69,31 @@ def verify_peer(
 
     `bundles` maps a trust domain's name to its roots (DER). In this order:
 
-    1. The chain has 1 to 8 certificates in at most 64 KiB, and all parse.
+    1. The chain has 1 to 8 certificates in at most 32 KiB, and all parse.
     2. The leaf has exactly one URI name, a workload's SPIFFE ID (X509-SVID 2, 5.2).
     3. The leaf is not a CA; its key usage is there, critical, has digitalSignature and
        neither keyCertSign nor cRLSign (4.1, 4.3); an extended key usage, if there,
        has both serverAuth and clientAuth (4.4).
-    4. The ID's own trust domain has a bundle. Only its roots count: a federated
-       authority can never vouch for an ID of another trust domain (5.2).
-    5. RFC 5280 path validation to one of these roots succeeds at `now`; it also
-       refuses an empty subject beside a SubjectAltName that is not critical (4.2.1.6).
-    6. Certificates that sign have no SPIFFE ID with a path (4.1).
-    7. Every key of the path is EC P-256, P-384, P-521 or RSA of 2048 bits and more.
-    8. Every certificate of the path, the root included, is valid at `now`.
+    4. What signs is a CA with keyCertSign and names no workload (`read_authority`; 3.2,
+       4.1, 4.3), each has a subject of its own, and every key is EC P-256, P-384,
+       P-521 or RSA of 2048 to 8192 bits: else judging a chain could take seconds.
+       So could many names under many name constraints.
+    5. The ID's own trust domain has a bundle and it is not empty. Only its roots count:
+       a federated authority can never vouch for an ID of another trust domain (5.2).
+       They too are certificates that may sign: a leaf would vouch for itself.
+    6. RFC 5280 path validation to one of these roots succeeds at `now`; it also
+       refuses an empty subject beside a SubjectAltName that is not critical (3.1).
+    7. Every certificate of the path, the root included, is valid at `now`.
 
     Raises Unauthenticated, whatever the bytes are.
     """
 
-    def policy(trust_domain: str) -> PolicyBuilder | None:
+    def read(trust_domain: str) -> _Policies | None:
         roots = bundles.get(trust_domain)
-        return None if roots is None else _policy(trust_domain, roots)
+        return _policies(trust_domain, roots) if roots else None
 
-    seconds = _seconds(now)
-    return _verify(chain_der, policy, seconds).at(seconds)
+    moment = _moment(now)
+    return _in_time(_verify(chain_der, read, moment), moment)
 
 
 class PeerVerifier:
@@ -92,18 +101,19 @@ class PeerVerifier:
 
     Only what cannot change is remembered (by the chain's very bytes); validity in time
     is judged at each call. Make a new one when the bundles change: that forgets all.
-    Thread-safe. Raises IdentityError where a bundle is empty or not of certificates.
+    Thread-safe. Raises IdentityError where a bundle is not of certificates that sign.
     """
 
     def __init__(
         self, bundles: Mapping[str, Sequence[bytes]], *, capacity: int = 1024
     ) -> None:
         self._policies = {
-            trust_domain_name(name): _policy(name, roots)
+            trust_domain_name(name): _policies(name, roots)
             for name, roots in bundles.items()
+            if roots
         }
         self._capacity = capacity
-        self._known: OrderedDict[tuple[bytes, ...], _Verified] = OrderedDict()
+        self._known: OrderedDict[tuple[bytes, ...], Peer] = OrderedDict()
         self._lock = threading.Lock()
 
     def verify(self, chain_der: Sequence[bytes], *, now: Moment | None = None) -> Peer:
@@ -111,20 +121,20 @@ class PeerVerifier:
 
         Raises Unauthenticated as `verify_peer` does.
         """
-        seconds = _seconds(types.now() if now is None else now)
+        moment = types.now() if now is None else _moment(now)
         chain = tuple(chain_der)
         with self._lock:
-            verified = self._known.get(chain)
-            if verified is not None:
+            peer = self._known.get(chain)
+            if peer is not None:
                 self._known.move_to_end(chain)
-        if verified is None:
-            verified = _verify(chain, self._policies.get, seconds)
-            self._remember(chain, verified)
-        return verified.at(seconds)
+        if peer is None:
+            peer = _verify(chain, self._policies.get, moment)
+            self._remember(chain, peer)
+        return _in_time(peer, moment)
 
-    def _remember(self, chain: tuple[bytes, ...], verified: _Verified) -> None:
+    def _remember(self, chain: tuple[bytes, ...], peer: Peer) -> None:
         with self._lock:
-            self._known[chain] = verified
+            self._known[chain] = peer
             while len(self._known) > self._capacity:
                 self._known.popitem(last=False)
 
@@ -133,26 +143,36 @@ def _refused(reason: str) -> Unauthenticated:
     return Unauthenticated(PUBLIC, reason)
 
 
-def _require(fact: object, reason: str) -> None:
+def _require(fact: object, who: str, reason: str) -> None:
     if not fact:
-        raise _refused(reason)
+        raise _refused(f"{who}: {reason}")
 
 
-def _seconds(moment: Moment) -> float:
+def _moment(moment: Moment) -> datetime:
     if not isinstance(moment, datetime):
-        return float(moment)
+        return datetime.fromtimestamp(moment, UTC)
     if moment.tzinfo is None:
         raise ValueError("now: a naive datetime names no moment; give it a time zone")
-    return moment.timestamp()
+    return moment
 
 
-def _verify(chain_der: Sequence[bytes], policies: _Policies, at: float) -> _Verified:
+def _in_time(peer: Peer, moment: datetime) -> Peer:
+    if moment > peer.not_after:
+        raise _refused(f"{peer.id}: expired at {peer.not_after}")
+    if moment < peer.not_before:
+        raise _refused(f"{peer.id}: not valid until {peer.not_before}")
+    return peer
+
+
+def _verify(chain_der: Sequence[bytes], bundles: _Bundles, moment: datetime) -> Peer:
     try:
-        return _walk(chain_der, policies, at)
+        return _walk(chain_der, bundles, moment)
     except Unauthenticated:
         raise
     except VerificationError as error:
-        raise _refused(f"no valid path to the trust domain's roots: {error}") from error
+        # The verifier quotes subjects: an attacker's text, of any length and shape.
+        why = repr(str(error))[:300]
+        raise _refused(f"no valid path to the trust domain's roots: {why}") from error
     except IdentityError as error:
         raise _refused(str(error)) from error
     except Exception as error:
@@ -160,114 +180,114 @@ def _verify(chain_der: Sequence[bytes], policies: _Policies, at: float) -> _Veri
         raise _refused(f"malformed certificate: {error!r:.200}") from error
 
 
-def _walk(chain_der: Sequence[bytes], policies: _Policies, at: float) -> _Verified:
-    leaf, *intermediates = _parse(chain_der)  # step 1
-    spiffe_id = leaf_id(leaf)  # step 2
-    _check_leaf_usage(spiffe_id, leaf)  # step 3
-    policy = policies(spiffe_id.trust_domain)  # step 4
-    if policy is None:
+def _walk(chain_der: Sequence[bytes], bundles: _Bundles, moment: datetime) -> Peer:
+    _check_size(chain_der)  # step 1
+    leaf = x509.load_der_x509_certificate(chain_der[0])
+    extensions = {type(each.value): each for each in leaf.extensions}
+    spiffe_id = _leaf_id(extensions)  # step 2
+    _check_leaf_usage(spiffe_id, extensions)  # step 3
+    check_key(leaf.public_key(), spiffe_id)  # step 4
+    signers: list[x509.Certificate] = []
+    if len(chain_der) > 1:
+        signers = _signers(spiffe_id, chain_der[1:])
+        _check_search(spiffe_id, extensions, signers)
+    policies = bundles(spiffe_id.trust_domain)  # step 5
+    if policies is None:
         raise _refused(f"{spiffe_id}: no trust bundle for {spiffe_id.trust_domain}")
-    moment = datetime.fromtimestamp(at, UTC)
+    policy = policies[extensions[x509.SubjectAlternativeName].critical]
     verifier = policy.time(moment).build_client_verifier()
-    path = verifier.verify(leaf, intermediates).chain  # step 5
-    for signer in path[1:]:
-        _check_signer(spiffe_id, signer)  # step 6
-    for certificate in path:
-        _check_key(spiffe_id, certificate)  # step 7
-    return _verified(spiffe_id, leaf, path, chain_der)  # step 8 is `at`
-
-
-def _parse(chain_der: Sequence[bytes]) -> list[x509.Certificate]:
-    _require(chain_der, "no certificate")
-    _require(
-        len(chain_der) <= MAX_CERTIFICATES,
-        f"{len(chain_der)} certificates, at most {MAX_CERTIFICATES} are allowed",
+    path = verifier.verify(leaf, signers).chain  # step 6
+    return Peer(  # step 7 is `_in_time`
+        id=spiffe_id,
+        serial=leaf.serial_number,
+        not_after=min([certificate.not_valid_after_utc for certificate in path]),
+        not_before=max([certificate.not_valid_before_utc for certificate in path]),
+        chain_sha256=sha256(b"".join(chain_der)).hexdigest(),
     )
-    size = sum(map(len, chain_der))
-    _require(
-        size <= MAX_CHAIN_BYTES,
-        f"{size} bytes of certificates, at most {MAX_CHAIN_BYTES} are allowed",
-    )
-    return [x509.load_der_x509_certificate(der) for der in chain_der]
 
 
-def leaf_id(leaf: x509.Certificate) -> SpiffeId:
-    """Return the one SPIFFE ID of `leaf`; Unauthenticated or IdentityError if none."""
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound as error:
-        raise _refused("the certificate has no SPIFFE ID") from error
+def _check_size(chain_der: Sequence[bytes]) -> None:
+    count, size = len(chain_der), sum(map(len, chain_der))
+    if not count:
+        raise _refused("no certificate")
+    if count > MAX_CERTIFICATES:
+        raise _refused(f"{count} certificates, at most {MAX_CERTIFICATES} are allowed")
+    if size > MAX_CHAIN_BYTES:
+        raise _refused(
+            f"{size} bytes of certificates, at most {MAX_CHAIN_BYTES} are allowed"
+        )
+
+
+def _leaf_id(extensions: _Extensions) -> SpiffeId:
+    names = extensions.get(x509.SubjectAlternativeName)
+    if names is None:
+        raise _refused("the certificate has no SPIFFE ID")
     uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
-    _require(len(uris) == 1, f"{len(uris)} URI names, exactly one is allowed")
+    if len(uris) != 1:
+        raise _refused(f"{len(uris)} URI names, exactly one is allowed")
     return workload_id(uris[0])
 
 
-def _check_leaf_usage(who: SpiffeId, leaf: x509.Certificate) -> None:
-    extensions = {extension.oid: extension for extension in leaf.extensions}
-    constraints = extensions.get(x509.BasicConstraints.oid)
-    _require(constraints is None or not constraints.value.ca, f"{who}: leaf is a CA")
-    usage = extensions.get(x509.KeyUsage.oid)
+def _check_leaf_usage(who: SpiffeId, extensions: _Extensions) -> None:
+    constraints = extensions.get(x509.BasicConstraints)
+    _require(constraints is None or not constraints.value.ca, who, "leaf is a CA")
+    usage = extensions.get(x509.KeyUsage)
     if usage is None:
         raise _refused(f"{who}: no key usage")
-    _require(usage.critical, f"{who}: key usage is not critical")
-    _require(usage.value.digital_signature, f"{who}: digitalSignature is not set")
-    _require(not usage.value.key_cert_sign, f"{who}: leaf has keyCertSign")
-    _require(not usage.value.crl_sign, f"{who}: leaf has cRLSign")
-    extended = extensions.get(x509.ExtendedKeyUsage.oid)
-    if extended is not None:
-        both = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
-        _require(
-            both <= set(extended.value),
-            f"{who}: extended key usage lacks serverAuth or clientAuth",
-        )
-
-
-def _check_signer(who: SpiffeId, signer: x509.Certificate) -> None:
-    try:
-        names = signer.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return
-    for uri in names.value.get_values_for_type(x509.UniformResourceIdentifier):
-        _require(
-            not SpiffeId.parse(uri).path,
-            f"{who}: signed by {uri}, a workload and not a trust domain",
-        )
-
-
-def _check_key(who: SpiffeId, certificate: x509.Certificate) -> None:
-    key = certificate.public_key()
+    _require(usage.critical, who, "key usage is not critical")
+    _require(usage.value.digital_signature, who, "digitalSignature is not set")
+    _require(not usage.value.key_cert_sign, who, "leaf has keyCertSign")
+    _require(not usage.value.crl_sign, who, "leaf has cRLSign")
+    extended = extensions.get(x509.ExtendedKeyUsage)
     _require(
-        (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES))
-        or (isinstance(key, rsa.RSAPublicKey) and key.key_size >= _MIN_RSA_BITS),
-        f"{who}: key below the floor (EC P-256 or RSA {_MIN_RSA_BITS})",
+        extended is None or _BOTH_USES.issubset(extended.value),
+        who,
+        "extended key usage lacks serverAuth or clientAuth",
     )
 
 
-def _verified(
-    spiffe_id: SpiffeId,
-    leaf: x509.Certificate,
-    path: Sequence[x509.Certificate],
-    chain_der: Sequence[bytes],
-) -> _Verified:
-    not_before = max(certificate.not_valid_before_utc for certificate in path)
-    not_after = min(certificate.not_valid_after_utc for certificate in path)
-    peer = Peer(
-        id=spiffe_id,
-        serial=leaf.serial_number,
-        not_after=not_after,
-        not_before=not_before,
-        chain_sha256=sha256(b"".join(chain_der)).hexdigest(),
+def _signers(who: SpiffeId, chain_der: Sequence[bytes]) -> list[x509.Certificate]:
+    return [
+        read_authority(der, f"{who}: certificate {position}")
+        for position, der in enumerate(chain_der, 1)
+    ]
+
+
+def _check_search(
+    who: SpiffeId, leaf: _Extensions, signers: Sequence[x509.Certificate]
+) -> None:
+    """Bound the search for a path, which hostile signers could make long."""
+    subjects = {signer.subject for signer in signers}
+    _require(len(subjects) == len(signers), who, "two signers of one name")
+    names, constraints = len(list(leaf[x509.SubjectAlternativeName].value)), 0
+    for signer in signers:
+        for extension in signer.extensions:
+            value = extension.value
+            if isinstance(value, x509.SubjectAlternativeName):
+                names += len(list(value))
+            elif isinstance(value, x509.NameConstraints):
+                constraints += len(value.permitted_subtrees or ())
+                constraints += len(value.excluded_subtrees or ())
+    _require(
+        names * constraints <= MAX_NAME_CHECKS,
+        who,
+        f"{names} names under {constraints} name constraints, "
+        f"at most {MAX_NAME_CHECKS} comparisons are allowed",
     )
-    return _Verified(peer, not_before.timestamp(), not_after.timestamp())
 
 
-def _policy(name: str, roots: Sequence[bytes]) -> PolicyBuilder:
-    if not 0 < len(roots) <= MAX_ROOTS:
-        raise IdentityError(
-            f"trust bundle of {name}: {len(roots)} roots, expected 1 to {MAX_ROOTS}"
-        )
-    try:
-        store = Store([x509.load_der_x509_certificate(der) for der in roots])
-    except ValueError as error:
-        raise IdentityError(f"trust bundle of {name}: {error}") from error
-    return PolicyBuilder().store(store)
+def _policies(name: str, roots: Sequence[bytes]) -> _Policies:
+    what = f"trust bundle of {name}"
+    if len(roots) > MAX_ROOTS:
+        raise IdentityError(f"{what}: {len(roots)} roots, at most {MAX_ROOTS}")
+    authorities = [
+        read_authority(der, f"{what}: root {position}")
+        for position, der in enumerate(roots)
+    ]
+    builder = PolicyBuilder().store(Store(authorities))
+    return (
+        builder.extension_policies(ca_policy=_CA_POLICY, ee_policy=_LEAF_POLICY),
+        builder.extension_policies(
+            ca_policy=_CA_POLICY, ee_policy=_CRITICAL_NAME_POLICY
+        ),
+    )

@@ -10,6 +10,9 @@ MAX_BYTES = 2048
 MAX_TRUST_DOMAIN_BYTES = 255
 
 # `fullmatch` throughout: with `match` and `$` a trailing newline would pass.
+_CANONICAL = re.compile(
+    r"spiffe://[a-z0-9._-]{1,255}(?:/(?!\.\.?(?:/|\Z))[a-zA-Z0-9._-]+)*"
+)
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]+")
 _SEGMENT = re.compile(r"[a-zA-Z0-9._-]+")
 
@@ -75,8 +78,11 @@ def _wrong(text: object, why: str) -> IdentityError:
 
 
 def _check(text: object) -> None:
+    """Raise IdentityError with the first rule that `text` breaks."""
     if not isinstance(text, str):
         raise _wrong(text, "must be text")
+    if len(text) <= MAX_BYTES and _CANONICAL.fullmatch(text):
+        return  # the rules in one look: what follows says which one is broken
     if len(text) > MAX_BYTES:
         raise _wrong(text, f"longer than {MAX_BYTES} bytes")
     if not text.startswith(SCHEME):

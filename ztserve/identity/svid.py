@@ -1,6 +1,8 @@
 """Our own identity: an X.509-SVID with its key, and the bundles to judge others by."""
 
 import base64
+import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,10 +11,12 @@ from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from ztserve.errors import IdentityError, Unauthenticated
+from ztserve.identity.bundle import read_authority
 from ztserve.identity.peer import (
     MAX_CERTIFICATES,
     MAX_CHAIN_BYTES,
@@ -22,11 +26,15 @@ from ztserve.identity.peer import (
 )
 from ztserve.identity.spiffe_id import SpiffeId, workload_id
 
+_LOG = logging.getLogger(__name__)
+
 PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 MAX_KEY_BYTES = 16 * 1024
 MAX_BUNDLE_BYTES = 256 * 1024
 MAX_TRUST_DOMAINS = 64
+_PKCS8 = re.compile(rb"\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01]\x30", re.S)
+"""A private key's version and then its algorithm (RFC 5958, section 2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +164,10 @@ class Material:
 def read_identity(material: Material, *, now: Moment) -> Identity:
     """Return the identity in `material`. Raises IdentityError.
 
-    1. The ID is a workload's. 2. Bundles parse, within bounds, and no federated one
-    names our own trust domain. 3. Chain and key parse. 4. The chain verifies at `now`
-    to our own bundle, and the key is the leaf's. 5. The leaf's ID is the one announced.
+    1. The ID is a workload's. 2. Our own bundle parses, within bounds; a federated one
+    that does not is left out, and none names our own trust domain. 3. Chain and key
+    parse. 4. The chain verifies at `now` to our own bundle, and the key is the leaf's.
+    5. The leaf's ID is the one announced.
     """
     spiffe_id = workload_id(material.spiffe_id)
     bundles = _bundles(spiffe_id.trust_domain, material)
@@ -182,18 +191,19 @@ def _bundles(own: str, material: Material) -> dict[str, tuple[bytes, ...]]:
         foreign = SpiffeId.parse(name)
         if foreign.path or foreign.trust_domain == own:
             raise IdentityError(f"a federated bundle for {name}: not another domain's")
-        bundles[foreign.trust_domain] = _roots(foreign.trust_domain, blob)
+        try:
+            bundles[foreign.trust_domain] = _roots(foreign.trust_domain, blob)
+        except IdentityError as error:
+            # A partner's mistake takes its own trust domain away, and nobody else's.
+            _LOG.error("%s; no SVID of %s is believed", error, foreign.trust_domain)
     return bundles
 
 
 def _roots(trust_domain: str, blob: bytes) -> tuple[bytes, ...]:
     what = f"trust bundle of {trust_domain}"
     roots = _split(blob, what, bytes_=MAX_BUNDLE_BYTES, count=MAX_ROOTS)
-    for root in roots:
-        try:
-            x509.load_der_x509_certificate(root)
-        except ValueError as error:
-            raise IdentityError(f"{what}: {error}") from error
+    for position, root in enumerate(roots):
+        read_authority(root, f"{what}: root {position}")
     return roots
 
 
@@ -201,8 +211,10 @@ def _key(blob: bytes) -> object:
     if len(blob) > MAX_KEY_BYTES:
         raise IdentityError(f"private key of {len(blob)} bytes, at most 16 KiB allowed")
     try:
+        if not _PKCS8.match(blob):  # the parser takes older forms as well
+            raise ValueError
         return serialization.load_der_private_key(blob, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         # Not chained: nothing of a key's parser belongs in a log.
         raise IdentityError("the private key is not unencrypted PKCS#8") from (
             None if error.args else error

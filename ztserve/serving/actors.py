@@ -1,6 +1,7 @@
 """The two actors of a node: the identity agent and the directory door."""
 
 import asyncio
+import hashlib
 import os
 import threading
 import time
@@ -14,11 +15,20 @@ import ray
 from ztserve import config, identity, transport
 from ztserve.config import Settings
 from ztserve.serving import ray_private
+from ztserve.serving.actor_table import ActorTable
 from ztserve.types import Call
 
+NAMESPACE = "ztserve"
+"""Where both actors are named, in Ray."""
 Place: TypeAlias = tuple[str, str]
 """An application of Serve's, and a deployment in it."""
 Endpoints: TypeAlias = tuple[transport.Endpoint, ...]
+
+
+def actor_name(kind: str, settings: Settings, node: str) -> str:
+    """Return how Ray knows an actor of this project: its kind is agent or directory."""
+    project = hashlib.sha256(str(settings.state).encode()).hexdigest()[:12]
+    return f"ztserve-{kind}-{project}-{node}"
 
 
 class AgentActor:
@@ -26,7 +36,11 @@ class AgentActor:
 
     def __init__(self, settings: Settings) -> None:
         identity.harden_process()
-        authority = identity.Authority(settings.identity.trust_domain)
+        authority = identity.Authority(settings.identity.trust_domain).start()
+        self._log = config.open_log(
+            settings, "agent", str(os.getpid()), _own_source(settings, authority)
+        )
+        table = _actor_table(settings)
         self._agent = identity.Agent(
             authority,
             config.agent_directory(settings),
@@ -44,17 +58,48 @@ class AgentActor:
                 default_id=settings.developer_id,
             ),
             ttl_s=settings.identity.svid_ttl_s,
+            admin_ids=(settings.developer_id,),
+            entries=settings.identity.entries,
+            selectors=table.selectors,
+            check=table.check,
+            federation=config.follow_federation(settings, self._tell),
+            extra_ops=identity.quarantine_operations(
+                settings.identity.quarantine, self._tell
+            ),
+            on_event=self._tell,
             on_stop=self._stop,
         )
         self._agent.start()
+        if settings.identity.bundle_port:
+            spiffe_id = settings.spiffe_id("bundle", "ztserve")
+            identity.BundleEndpoint(
+                authority.trust_bundle, identity.renewing(authority, spiffe_id)
+            ).start(settings.transport.host, settings.identity.bundle_port)
 
     def is_up(self) -> bool:
         """Answer once the agent listens."""
         return True
 
+    def _tell(self, kind: str, fields: Mapping[str, object]) -> None:
+        self._log.event(kind, **fields)
+
     def _stop(self) -> None:
         self._agent.stop()
+        self._log.close()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _own_source(settings: Settings, authority: identity.Authority) -> identity.Source:
+    svid = authority.issue(settings.spiffe_id("agent", "ztserve"))
+    return identity.FixedSource(identity.Identity(svid, authority.bundles))
+
+
+def _actor_table(settings: Settings) -> ActorTable:
+    here = ray.get_runtime_context().get_node_id()
+    directory = actor_name("directory", settings, here)
+    return ActorTable(
+        here, namespace=NAMESPACE, named={settings.directory_id: directory}
+    )
 
 
 class DirectoryActor:
@@ -88,6 +133,7 @@ class DirectoryActor:
             limits=config.limits(settings),
             on_refused=lambda refusal: config.record_refusal(self._log, refusal),
             on_handshake_refused=self._log.refused_handshakes,
+            quarantine=config.open_quarantine(settings),
         )
         port = settings.directory.port
         host, port = self._server.start(settings.directory.host, range(port, port + 1))

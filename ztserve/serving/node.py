@@ -6,7 +6,6 @@ them, they outlive replicas and applications, and they end with the cluster (or 
 none is created.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,14 @@ from ztserve import config, identity
 from ztserve.config import Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.serving import ray_private
-from ztserve.serving.actors import AgentActor, DirectoryActor, Endpoints
+from ztserve.serving.actors import (
+    NAMESPACE,
+    AgentActor,
+    DirectoryActor,
+    Endpoints,
+    actor_name,
+)
 
-NAMESPACE = "ztserve"
 START_S = 60.0
 
 
@@ -106,16 +110,12 @@ def end(settings: Settings) -> None:
 
 def _running(settings: Settings, kind: str) -> list[Any]:
     """Return this project's actors of one kind, on whatever node."""
-    prefix = f"ztserve-{kind}-{_project(settings)}-"
+    prefix = actor_name(kind, settings, node="")
     return [
         ray.get_actor(known["name"], namespace=NAMESPACE)
         for known in ray.util.list_named_actors(all_namespaces=True)
         if isinstance(known, dict) and known["name"].startswith(prefix)
     ]
-
-
-def _project(settings: Settings) -> str:
-    return hashlib.sha256(str(settings.state).encode()).hexdigest()[:12]
 
 
 def _ask(answer: Any, who: str) -> Any:
@@ -132,7 +132,7 @@ def _get_or_create(cls: type, kind: str, settings: Settings) -> Any:
     return (
         ray.remote(cls)
         .options(
-            name=f"ztserve-{kind}-{_project(settings)}-{here}",
+            name=actor_name(kind, settings, here),
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,

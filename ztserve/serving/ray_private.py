@@ -6,19 +6,24 @@ Ray versions it ran.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.serve._private.common import DeploymentID
+from ray._private.state import state as _state
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.context import _get_serve_request_context
 from ray.serve.deployment import Application, Deployment
 
 __all__ = [
+    "ASK_ERRORS",
+    "Actor",
     "Application",
+    "actor_of",
     "controller_is_up",
     "deployment_of",
     "enable_token_auth",
@@ -26,7 +31,18 @@ __all__ = [
     "is_serve_request",
     "is_token_auth_enabled",
     "replica_options",
+    "replica_place",
 ]
+
+ASK_ERRORS = (ray.exceptions.RayError, RuntimeError)
+"""What asking the control plane raises when it does not answer."""
+
+
+class Actor(NamedTuple):
+    """An actor as the control plane knows it."""
+
+    name: str
+    namespace: str
 
 
 def enable_token_auth() -> None:
@@ -83,3 +99,29 @@ def follow(
     return LongPollClient(
         controller, {key: updated}, call_in_event_loop=loop, client_id="ztserve"
     )
+
+
+def actor_of(pid: int, node_id: str) -> Actor | None:
+    """Return the actor that process `pid` of a node runs or is about to; None: none.
+
+    Ray notes the worker's pid before it has the worker make the actor. Raises one of
+    `ASK_ERRORS`.
+    """
+    accessor = _state._connect_and_get_accessor()  # noqa: SLF001
+    for phase in ("ALIVE", "PENDING_CREATION", "RESTARTING"):
+        for row in accessor.get_actor_table(None, phase):
+            actor = ActorTableData.FromString(row)
+            if actor.pid == pid and actor.address.node_id.hex() == node_id:
+                return Actor(actor.name, actor.ray_namespace)
+    return None
+
+
+def replica_place(actor: Actor) -> tuple[str, str] | None:
+    """Return the app and deployment that `actor` is a replica of; None: of none."""
+    if actor.namespace != SERVE_NAMESPACE or not ReplicaID.is_full_id_str(actor.name):
+        return None
+    try:
+        place = ReplicaID.from_full_id_str(actor.name).deployment_id
+    except ValueError:  # somebody's own actor, named a little like one
+        return None
+    return place.app_name, place.name

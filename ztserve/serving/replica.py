@@ -15,6 +15,7 @@ from ztserve.config import (
     limits,
     load_policies,
     open_log,
+    open_quarantine,
     record_refusal,
 )
 from ztserve.errors import (
@@ -77,6 +78,7 @@ class Replica:
         self._pin = pin
         self._whole_process = whole_process
         self._log = open_log(plan.settings, deployment.service, name, source)
+        self.quarantine = open_quarantine(plan.settings)
         self._policies = load_policies(
             plan.settings,
             service=deployment.service,
@@ -155,6 +157,7 @@ class Replica:
             self._runner.close()
         self._log.event("replica-stopped", address=self.address)
         self._log.close()
+        self.quarantine.close()
 
     # --- start-up -----------------------------------------------------------------
 
@@ -222,6 +225,7 @@ class Replica:
             on_handshake_refused=log.refused_handshakes
             if self._whole_process
             else None,
+            quarantine=self.quarantine,
         )
 
 

@@ -155,6 +155,7 @@ def _start(
             source=member.source,
             directory=member.directory,
             directory_id=plan.settings.directory_id,
+            quarantine=replica.quarantine,
         )
         return Composed(client, value.inputs, value.outputs)
 

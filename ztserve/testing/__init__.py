@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ztserve.testing.authority import ForgedSource, ThrowAwayAuthority
+    from ztserve.testing.hostile_agent import HostileAgent
     from ztserve.testing.serving import Served, serve
 
 _HOME = {
     "ForgedSource": "ztserve.testing.authority",
+    "HostileAgent": "ztserve.testing.hostile_agent",
     "Served": "ztserve.testing.serving",
     "ThrowAwayAuthority": "ztserve.testing.authority",
     "serve": "ztserve.testing.serving",
 }
 
-__all__ = ["ForgedSource", "Served", "ThrowAwayAuthority", "serve"]
+__all__ = ["ForgedSource", "HostileAgent", "Served", "ThrowAwayAuthority", "serve"]
 
 
 def __getattr__(name: str) -> object:

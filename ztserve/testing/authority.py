@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ztserve.identity import Authority, FixedSource, Identity, SpiffeId, Svid
-from ztserve.identity.authority import (
+from ztserve.identity.certificates import (
     BACKDATED,
     Extensions,
     alternative_names,
@@ -128,7 +128,7 @@ class Intermediate(ThrowAwayAuthority):
         super().__init__(trust_domain, clock=clock)
         self._parent = parent
         now = clock()
-        self._root = sign_certificate(
+        self._certificate = sign_certificate(
             self._key.public_key(),
             authority_name(f"intermediate of {parent.trust_domain}"),
             (now - BACKDATED, now + timedelta(seconds=ends_s)),
@@ -136,6 +136,10 @@ class Intermediate(ThrowAwayAuthority):
             issuer=parent._root.subject,  # noqa: SLF001
             issuer_key=parent._key,  # noqa: SLF001
         )
+
+    @property
+    def _root(self) -> x509.Certificate:
+        return self._certificate
 
     @property
     def bundle(self) -> tuple[bytes, ...]:

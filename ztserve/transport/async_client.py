@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import grpc
 import grpc.aio
 
-from ztserve.identity import Source, SpiffeId
+from ztserve.identity import Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
 from ztserve.transport.async_upkeep import AsyncUpkeep
 from ztserve.transport.protocol import NONE, Metadata
@@ -23,7 +23,7 @@ class AsyncClient:
     It can be made anywhere, also where no loop runs yet.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - who, whom, where and how long
         self,
         target: str,
         *,
@@ -33,10 +33,17 @@ class AsyncClient:
         directory_id: str | None = None,
         model: str = "",
         timeout_s: float = protocol.TIMEOUT_S,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._replicas: Replicas[grpc.aio.Channel] = Replicas(self._close_channel)
         self._route = Route(
-            target, source, self._replicas, server_id, directory, directory_id
+            target,
+            source,
+            self._replicas,
+            server_id,
+            directory,
+            directory_id,
+            quarantine,
         )
         self._model = model
         self._timeout_s = timeout_s
@@ -137,7 +144,10 @@ class AsyncClient:
                 self._budget.earn()
                 return
             except grpc.RpcError as failed:
-                error = protocol.failure(failed, server)
+                error = protocol.failure(failed, server, cut=lane.cut)
+            except asyncio.CancelledError:
+                protocol.check_not_cancelled()
+                error = protocol.cut_off(server)
             finally:
                 if call is not None:
                     call.cancel()
@@ -207,7 +217,10 @@ class AsyncClient:
                 self._budget.earn()
                 return answer
             except grpc.RpcError as failed:
-                error = protocol.failure(failed, server)
+                error = protocol.failure(failed, server, cut=lane.cut)
+            except asyncio.CancelledError:
+                protocol.check_not_cancelled()
+                error = protocol.cut_off(server)
             finally:
                 self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             await asyncio.sleep(attempts.pause_s(error, lane.address))

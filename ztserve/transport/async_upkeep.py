@@ -29,7 +29,12 @@ class AsyncUpkeep:
         self._known = asyncio.Event()
         self._wake = asyncio.Event()
         self._closed = False
-        self._unsubscribe = route.source.subscribe(self._woken)
+        self._watching: Any = None
+        self._unsubscribe = [
+            one.subscribe(self._woken)
+            for one in (route.source, route.quarantine)
+            if one is not None
+        ]
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -46,13 +51,15 @@ class AsyncUpkeep:
         if self._route.deployment and not self._known.is_set():
             with contextlib.suppress(TimeoutError):
                 patience_s = min(attempts.left_s(), protocol.KNOWN_S)
-                await asyncio.wait_for(self._known.wait(), patience_s)
+                async with asyncio.timeout(patience_s):
+                    await self._known.wait()
         return self._route.lane(attempts.tried)
 
     async def close(self) -> None:
         """Let go of all lanes."""
         self._closed = True
-        self._unsubscribe()
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -67,7 +74,9 @@ class AsyncUpkeep:
         pause_s = protocol.RENEW_S
         while True:
             try:
-                await asyncio.wait_for(self._wake.wait(), pause_s)
+                # Not wait_for: that of Python 3.11 can lose a cancellation.
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
             except TimeoutError:
                 if pause_s == protocol.RENEW_S:
                     self._route.renew()
@@ -82,7 +91,19 @@ class AsyncUpkeep:
             self._known.set()
         else:
             self._known.clear()
+        self._break_off()
         return all(opened)
+
+    def _break_off(self) -> None:
+        """As `upkeep.Upkeep` does."""
+        distrusted, self._route.distrusted = self._route.distrusted, 0
+        if distrusted:
+            self._loop.call_later(protocol.PART_S, self._route.replicas.cut, distrusted)
+        if self._watching is not None:
+            try:
+                self._route.check_directory()
+            except ZTServeError:
+                self._watching.cancel()
 
     async def _open(self, address: str) -> bool:
         route = self._route
@@ -90,14 +111,27 @@ class AsyncUpkeep:
         channel = grpc.aio.secure_channel(
             door.checked_target(address), route.credentials, options=route.options
         )
-        if route.patient and address in route.replicas:
-            try:
-                await asyncio.wait_for(channel.channel_ready(), protocol.READY_S)
-            except TimeoutError:
-                await channel.close(None)
-                return False
+        waits = route.patient and address in route.replicas
+        if waits and not await self._is_ready(channel):
+            await channel.close(None)
+            return False
         route.replicas.install(Lane(address, channel, generation))
         return True
+
+    async def _is_ready(self, channel: grpc.aio.Channel) -> bool:
+        """As `upkeep.Upkeep` does."""
+        news = asyncio.ensure_future(self._wake.wait())
+        ready = asyncio.ensure_future(channel.channel_ready())
+        try:
+            await asyncio.wait(
+                {ready, news},
+                timeout=protocol.READY_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            return ready.done()
+        finally:
+            ready.cancel()
+            news.cancel()
 
     async def _follow(self) -> None:
         while True:
@@ -110,6 +144,7 @@ class AsyncUpkeep:
 
     async def _watch(self) -> None:
         route = self._route
+        route.check_directory()
         identity = route.source.current()
         async with grpc.aio.secure_channel(
             door.checked_target(route.directory),
@@ -117,9 +152,13 @@ class AsyncUpkeep:
             options=channels.options(route.directory_id, protocol.MAX_MESSAGE_BYTES),
         ) as channel:
             watch = cast("Any", channel).unary_stream(door.PATH)
+            self._watching = call = watch(door.watch_request(route.target))
             try:
-                async for message in watch(door.watch_request(route.target)):
+                async for message in call:
                     route.announce(door.read_deployment(message))
                     self._wake.set()
             except grpc.RpcError as error:
                 raise protocol.failure(error, route.directory_id) from None
+            except asyncio.CancelledError:
+                protocol.check_not_cancelled()
+                raise protocol.cut_off(route.directory_id) from None

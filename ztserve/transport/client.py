@@ -6,7 +6,7 @@ from typing import Any, Self, cast
 
 import grpc
 
-from ztserve.identity import Source, SpiffeId
+from ztserve.identity import Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
 from ztserve.transport.protocol import NONE, Metadata
 from ztserve.transport.replicas import Lane, Replicas
@@ -29,6 +29,8 @@ class Client:
         directory_id: its SPIFFE ID, by default ``ns/ztserve/sa/directory``.
         model: the model's name; by default whatever the deployment serves.
         timeout_s: for calls that are given none.
+        quarantine: servers that are not called although their SVID holds, by SPIFFE ID;
+            None: no such.
 
     Thread-safe. Each error of `ztserve.errors` that the server raised is raised here
     again. A call that surely did not run is tried again, on another replica if there
@@ -36,7 +38,7 @@ class Client:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - who, whom, where and how long
         self,
         target: str,
         *,
@@ -46,10 +48,17 @@ class Client:
         directory_id: str | None = None,
         model: str = "",
         timeout_s: float = protocol.TIMEOUT_S,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._replicas: Replicas[grpc.Channel] = Replicas(_close)
         self._route = Route(
-            target, source, self._replicas, server_id, directory, directory_id
+            target,
+            source,
+            self._replicas,
+            server_id,
+            directory,
+            directory_id,
+            quarantine,
         )
         self._model = model
         self._timeout_s = timeout_s
@@ -152,7 +161,7 @@ class Client:
                 self._budget.earn()
                 return
             except grpc.RpcError as failed:
-                error = protocol.failure(failed, server)
+                error = protocol.failure(failed, server, cut=lane.cut)
             finally:
                 if call is not None:
                     call.cancel()
@@ -210,7 +219,7 @@ class Client:
                 self._budget.earn()
                 return answer
             except grpc.RpcError as failed:
-                error = protocol.failure(failed, server)
+                error = protocol.failure(failed, server, cut=lane.cut)
             finally:
                 self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
             time.sleep(attempts.pause_s(error, lane.address))

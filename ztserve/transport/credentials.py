@@ -4,7 +4,7 @@ gRPC keeps one pool of roots, so a federated authority could vouch for any ID in
 handshake; it accepts TLS 1.2 and resumed sessions; and it judges a certificate once,
 when the connection is made. Therefore the handshake only keeps strangers out, and
 each call is judged anew here: TLS 1.3, no resumption, and `identity.PeerVerifier`
-against the peer's own trust domain, at this moment.
+against the peer's own trust domain, at this moment, and the quarantine list.
 """
 
 import base64
@@ -20,7 +20,7 @@ import grpc
 
 from ztserve import types
 from ztserve.errors import IdentityError, Unauthenticated, Unavailable
-from ztserve.identity import Identity, PeerVerifier, Source, SpiffeId
+from ztserve.identity import Identity, PeerVerifier, Quarantine, Source, SpiffeId
 from ztserve.types import Peer
 
 _LOG = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ class ServerCredentials:
     our own identity is withdrawn or expired, every call is refused.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, quarantine: Quarantine | None = None) -> None:
         self._source = source
+        self._quarantine = quarantine
         self._lock = threading.Lock()
         self._first, state = _built(source.current())
         self._state: _State | None = state
@@ -90,8 +91,8 @@ class ServerCredentials:
     def peer(self, facts: Facts) -> Peer:
         """Return who is at the other end of a connection, judged at this moment.
 
-        Raises Unauthenticated where that does not hold, Unavailable where we have no
-        valid identity of our own.
+        Raises Unauthenticated where that does not hold or is in quarantine,
+        Unavailable where we have no valid identity of our own, or no usable list.
         """
         now = types.now().timestamp()
         state = self._current(now)
@@ -106,6 +107,8 @@ class ServerCredentials:
             known = _verified(state, leaf, chain)
         if not known.not_before <= now <= known.not_after:
             raise _refused(f"{known.peer.id}: expired at {known.peer.not_after}")
+        if self._quarantine is not None:
+            self._quarantine.check(known.peer)
         return known.peer
 
     def _current(self, now: float) -> _State:

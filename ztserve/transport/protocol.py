@@ -1,5 +1,6 @@
 """What both clients say and hear, apart from the waiting."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -36,10 +37,14 @@ KNOWN_S = 5.0
 """How long a call waits for the directory to name a first replica."""
 READY_S = 5.0
 """How long a new channel may take before it replaces an older one."""
+NEWS_S = 0.1
+"""How soon news of our own identity or the quarantine interrupts that wait."""
 AGAIN_S = 1.0
 """Pause before the directory, or a replica's new channel, is tried again."""
 RENEW_S = 600.0
 """Each server is verified anew at least this often."""
+PART_S = 0.5
+"""What runs with those who may not be believed any more may last so long."""
 MAY_NOT_ASK = (Denied, NotFound)
 
 
@@ -118,8 +123,27 @@ def midway(error: Exception) -> Exception:
     return error
 
 
-def failure(error: grpc.RpcError, server: str) -> ZTServeError:
-    """Return the typed error of a failed call."""
+def cut_off(server: str) -> ZTServeError:
+    """Return the error of a call that this client itself broke off."""
+    return Interrupted(
+        f"the call was broken off: {server} or this client may not be believed any more"
+    )
+
+
+def check_not_cancelled() -> None:
+    """Raise CancelledError if the running task is to end.
+
+    Otherwise it was gRPC's call that ended: its channel was closed.
+    """
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise asyncio.CancelledError
+
+
+def failure(error: grpc.RpcError, server: str, *, cut: bool = False) -> ZTServeError:
+    """Return the typed error of a failed call; `cut`: we ourselves ended it."""
+    if cut:
+        return cut_off(server)
     known = cast("grpc.Call", error)
     code, details = known.code(), known.details() or ""
     return status.translated(code, details, known.trailing_metadata() or (), server)

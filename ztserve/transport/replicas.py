@@ -33,7 +33,8 @@ class Lane(Generic[C]):
     """gRPC's callables of this channel, by method."""
     in_flight: int = 0
     aside_until: float = 0.0
-    retired: bool = False
+    cut: bool = False
+    """Whether its calls were broken off."""
 
 
 class Replicas(Generic[C]):
@@ -46,6 +47,7 @@ class Replicas(Generic[C]):
     def __init__(self, close: Callable[[C], object]) -> None:
         self._close = close
         self._lanes: dict[str, Lane[C]] = {}
+        self._retired: set[Lane[C]] = set()
         self._lock = threading.Lock()
 
     def take(self, avoid: Collection[str] = ()) -> Lane[C]:
@@ -69,7 +71,9 @@ class Replicas(Generic[C]):
             lane.in_flight -= 1
             if refused:
                 lane.aside_until = time.monotonic() + ASIDE_S
-            done = lane.retired and not lane.in_flight
+            done = lane in self._retired and not lane.in_flight
+            if done:
+                self._retired.remove(lane)
         if done:
             self._close(lane.channel)
 
@@ -102,10 +106,20 @@ class Replicas(Generic[C]):
         for lane in lanes:
             self._retire(lane)
 
+    def cut(self, before: int) -> None:
+        """Break off what still runs on retired lanes of generations `before` this."""
+        with self._lock:
+            lanes = [lane for lane in self._retired if lane.generation < before]
+            self._retired.difference_update(lanes)
+        for lane in lanes:
+            lane.cut = True
+            self._close(lane.channel)
+
     def _retire(self, lane: Lane[C]) -> None:
         with self._lock:
-            lane.retired = True
             done = not lane.in_flight
+            if not done:
+                self._retired.add(lane)
         if done:
             self._close(lane.channel)
 

@@ -14,7 +14,7 @@ from ztserve.errors import (
     Unavailable,
     ZTServeError,
 )
-from ztserve.identity import Identity, Source, SpiffeId
+from ztserve.identity import Identity, Quarantine, Source, SpiffeId
 from ztserve.transport import channels, protocol
 from ztserve.transport.directory import Endpoint, checked_deployment, checked_target
 from ztserve.transport.replicas import Lane, Replicas
@@ -41,8 +41,10 @@ class Route(Generic[C]):
         server_id: str | None,
         directory: str | None,
         directory_id: str | None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.source = source
+        self.quarantine = quarantine
         self.identity: Identity | None = source.current()
         own = self.identity.svid.id
         self.target = target
@@ -67,12 +69,15 @@ class Route(Generic[C]):
         self.generation = 0
         self.patient = True
         """Whether older lanes may serve until newer ones are ready."""
+        self.distrusted = 0
+        """What runs on lanes of generations below this is to be broken off soon."""
         self.trouble: Exception | None = None
         """Why the directory or the source last failed."""
         self.addresses: Collection[str] = () if self.deployment else (target,)
 
     def lane(self, avoid: Collection[str]) -> Lane[C]:
         """Take a lane for a call. Raises IdentityError, or Unavailable."""
+        self._check_called(self.server)
         identity = self.identity
         if identity is None or types.now() > identity.svid.not_after:
             raise IdentityError(f"no call without an identity: {self.trouble}")
@@ -88,15 +93,21 @@ class Route(Generic[C]):
         """Take the identity that the source has now.
 
         Return the addresses that need a new lane. Where there is no identity any
-        more, or no bundle to verify the server by, no lane is left.
+        more, or no bundle to verify the server by, or the server is in quarantine, no
+        lane is left.
         """
         try:
             identity = self.source.current()
             if identity is not self.identity:
                 self._adopt(identity)
-        except IdentityError as error:
-            self.identity, self.trouble = None, error
+            self._check_called(self.server)
+        except (IdentityError, Unavailable) as error:
+            if isinstance(error, IdentityError):
+                self.identity = None
+            self.trouble = error
             self.replicas.keep_only(())
+            self.generation += 1
+            self.distrusted = self.generation
             return []
         self.replicas.keep_only(self.addresses)
         return self.replicas.outdated(self.addresses, self.generation)
@@ -116,6 +127,17 @@ class Route(Generic[C]):
         )
         self.identity = identity
         self.generation += 1
+        if not self.patient:
+            self.distrusted = self.generation
+
+    def check_directory(self) -> None:
+        """Raise IdentityError or Unavailable where it may not be followed now."""
+        self.source.current()
+        self._check_called(self.directory_id)
+
+    def _check_called(self, spiffe_id: SpiffeId) -> None:
+        if self.quarantine is not None:
+            self.quarantine.check_server(spiffe_id)
 
     def announce(self, endpoints: Collection[Endpoint]) -> None:
         """Take what the directory says."""

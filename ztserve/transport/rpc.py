@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import grpc
 
-from ztserve.errors import CallError, Cancelled, DeadlineExceeded, InvalidInput
+from ztserve.errors import Cancelled, DeadlineExceeded, InvalidInput, ZTServeError
 from ztserve.transport.limits import Limits
 
 SWEEP_S = 0.25
@@ -32,7 +32,7 @@ class Rpc:
         self._context: grpc.ServicerContext | None = context
         self.deadline = self.due = float("inf")
         self.still: Callable[[], object] | None = None
-        """Raises CallError once the peer may not go on; asked at each sweep."""
+        """Raises ZTServeError once the peer may not go on; asked at each sweep."""
 
     def read(self) -> bytes:
         """Return the first message, whole.
@@ -142,6 +142,6 @@ def _may_go_on(rpc: Rpc) -> bool:
         return True
     try:
         rpc.still()
-    except CallError:
+    except ZTServeError:
         return False
     return True

@@ -14,7 +14,7 @@ from typing import Any, cast
 import grpc
 
 from ztserve.errors import ConfigError
-from ztserve.identity import Source
+from ztserve.identity import Quarantine, Source
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.credentials import ServerCredentials
@@ -44,6 +44,7 @@ class Server:
         on_refused: told of each call refused before there was a `types.Call`.
         on_handshake_refused: told (cause, count), at most once a second for a cause,
             of handshakes that this whole process refused; see `watch_handshakes`.
+        quarantine: who is refused although their SVID holds; None: nobody.
 
     """
 
@@ -56,6 +57,7 @@ class Server:
         delegates: Collection[str] = (),
         on_refused: Callable[[Refusal], object] | None = None,
         on_handshake_refused: Callable[[str, int], object] | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._methods = tuple(methods)
         self._source = source
@@ -63,6 +65,7 @@ class Server:
         self._delegates = frozenset(delegates)
         self._on_refused = on_refused
         self._on_handshake_refused = on_handshake_refused
+        self._quarantine = quarantine
         self._unwatch: Callable[[], None] = lambda: None
         self._admission = Admission(limits)
         self._reaper = Reaper()
@@ -83,7 +86,7 @@ class Server:
         """
         if self._server is not None:
             raise ConfigError("this server has been started already")
-        credentials = ServerCredentials(self._source)
+        credentials = ServerCredentials(self._source, self._quarantine)
         for port in (ports,) if isinstance(ports, int) else ports:
             server, bound = self._bound(credentials, host, port)
             if server is not None:

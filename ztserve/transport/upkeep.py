@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -32,7 +33,11 @@ class Upkeep:
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._watching: Any = None
-        self._unsubscribe = route.source.subscribe(self._wake.set)
+        self._unsubscribe = [
+            one.subscribe(self._wake.set)
+            for one in (route.source, route.quarantine)
+            if one is not None
+        ]
         self._tend_once()
         self._threads = [_started(self._tend)]
         if route.deployment:
@@ -49,7 +54,8 @@ class Upkeep:
     def close(self) -> None:
         """Let go of all lanes."""
         self._closed.set()
-        self._unsubscribe()
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
         self._wake.set()
         if self._watching is not None:
             self._watching.cancel()
@@ -73,7 +79,24 @@ class Upkeep:
             self._known.set()
         else:
             self._known.clear()
+        self._break_off()
         return all(opened)
+
+    def _break_off(self) -> None:
+        """End what runs with those who may not be believed any longer."""
+        distrusted, self._route.distrusted = self._route.distrusted, 0
+        if distrusted:
+            # Short calls may end: where a root was dropped, the server is often good.
+            timer = threading.Timer(
+                protocol.PART_S, self._route.replicas.cut, (distrusted,)
+            )
+            timer.daemon = True
+            timer.start()
+        if self._watching is not None:
+            try:
+                self._route.check_directory()
+            except ZTServeError:
+                self._watching.cancel()
 
     def _open(self, address: str) -> bool:
         route = self._route
@@ -81,14 +104,25 @@ class Upkeep:
         channel = grpc.secure_channel(
             door.checked_target(address), route.credentials, options=route.options
         )
-        if route.patient and address in route.replicas:
-            try:
-                grpc.channel_ready_future(channel).result(protocol.READY_S)
-            except grpc.FutureTimeoutError:
-                channel.close()
-                return False
+        waits = route.patient and address in route.replicas
+        if waits and not self._is_ready(channel):
+            channel.close()
+            return False
         route.replicas.install(Lane(address, channel, generation))
         return True
+
+    def _is_ready(self, channel: grpc.Channel) -> bool:
+        """Wait for `channel`, but no longer than until there is news."""
+        ready = grpc.channel_ready_future(channel)
+        until = time.monotonic() + protocol.READY_S
+        while True:
+            try:
+                ready.result(protocol.NEWS_S)
+                return True
+            except grpc.FutureTimeoutError:
+                if self._wake.is_set() or time.monotonic() > until:
+                    ready.cancel()
+                    return False
 
     def _follow(self) -> None:
         while not self._closed.is_set():
@@ -101,6 +135,7 @@ class Upkeep:
 
     def _watch(self) -> None:
         route = self._route
+        route.check_directory()
         identity = route.source.current()
         with grpc.secure_channel(
             door.checked_target(route.directory),

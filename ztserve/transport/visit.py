@@ -54,7 +54,7 @@ def stream(
     visit = _Visit(desk, method, messages, context)
     try:
         visit.enter(context, desk.limits.max_stream_s)
-        visit.rpc.still = visit.judge
+        visit.rpc.still = visit.still
         for piece in method.stream(visit):  # type: ignore[misc]
             visit.rpc.sending()
             yield piece
@@ -102,6 +102,15 @@ class _Visit:
         """Return the peer as it is judged at this moment. Raises Unauthenticated."""
         return self._desk.credentials.peer(self.facts)
 
+    def still(self) -> None:
+        """Raise CallError, and tell the audit, once the peer may not go on."""
+        try:
+            self.judge()
+        except CallError as error:
+            self.rpc.still = None  # told once
+            self._tell(error, self.call.source_ip, self.call.source_port)
+            raise
+
     def enter(self, context: grpc.ServicerContext, longest_s: float) -> Call:
         """Judge the peer, find room, and make the Call; no message is read."""
         desk, method = self._desk, self._method
@@ -139,7 +148,7 @@ class _Visit:
         if not isinstance(error, ZTServeError):
             _LOG.error("call %s failed", call_id, exc_info=error)
         elif isinstance(error, CallError) and not hasattr(self, "call"):
-            self._tell(context, error)
+            self._tell(error, *source(context.peer()))
         error.__traceback__ = None  # its frames would keep the stream: see Cancelled
         context.set_trailing_metadata(status.trailers(error, call_id))
         context.abort(status.status(error).code, status.sentence(error, call_id))
@@ -152,9 +161,8 @@ class _Visit:
         if self._admitted and self.peer is not None:
             self._desk.admission.leave(self.peer.id)
 
-    def _tell(self, context: grpc.ServicerContext, error: CallError) -> None:
+    def _tell(self, error: CallError, address: str, port: int) -> None:
         if self._desk.on_refused is not None:
-            address, port = source(context.peer())
             self._desk.on_refused(
                 Refusal(self._method.path, error, self.peer, address, port)
             )

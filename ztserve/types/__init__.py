@@ -23,7 +23,7 @@ from ztserve.types.calls import (
     Value,
     operations,
 )
-from ztserve.types.clock import now
+from ztserve.types.clock import now, on_clock_step
 from ztserve.types.refs import ModelRef
 from ztserve.types.specs import (
     DATATYPES,
@@ -59,5 +59,6 @@ __all__ = [
     "TextSpec",
     "Value",
     "now",
+    "on_clock_step",
     "operations",
 ]

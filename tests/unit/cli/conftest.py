@@ -78,7 +78,8 @@ def agent(project: Path) -> Iterator[Agent]:
     rules = Rules.development(authority.trust_domain, worker_parent=None)
     directory = config.agent_directory(settings)
     try:
-        with Agent(authority, directory, rules) as running:
+        admins = (settings.developer_id,)
+        with Agent(authority, directory, rules, admin_ids=admins) as running:
             yield running
     finally:
         shutil.rmtree(directory)

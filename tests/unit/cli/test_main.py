@@ -35,7 +35,7 @@ def test_help_names_every_verb(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out.replace("\n  ", " \n  ")
     assert all(f"\n    {verb} " in told for verb in VERBS)
 
 

@@ -87,6 +87,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("[authorization]\npolicies = [1]", "expected a string, the path of a file"),
         ("[authorization]\npolicies = [['a']]", "expected a string"),
         ("[authorization]\ndelegates = ['gw']", "delegates"),
+        ("[identity]\nadmins = ['gw']", r"\[identity\] admins"),
         ("[identity]\ntrust_domain = 'Dev'", "identity"),
         ("[identity]\ntrust_domain = ''", "trust_domain"),
         ("[identity]\nnamespace = 'ML'", "namespace: 'ML'"),
@@ -248,8 +249,9 @@ def test_the_agent_of_the_node_is_used_unchanged(tmp_path, foreign_agent):
         assert source.current().svid.id == settings.developer_id
 
 
+@pytest.mark.slow
 def test_another_identity_than_expected_is_refused(tmp_path, foreign_agent):
-    settings = config.load(written(tmp_path, ""))
+    settings = config.load(written(tmp_path, "[identity]\nwait_s = 0.5\n"))
     wanted = settings.spiffe_id("inference-service")
     with pytest.raises(IdentityError, match="mend its registration entry") as refusal:
         config.obtain_identity(settings, wanted)

@@ -17,7 +17,7 @@ from ztserve import errors
 from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.gateway import Gateway, Limits
-from ztserve.identity import Svid, dns_name
+from ztserve.identity import Quarantine, Svid, dns_name
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import AsyncClient, Server, inference_methods
 from ztserve.types import Call, Description, Receive, Reply, Tensor, TensorSpec
@@ -221,6 +221,7 @@ def running(
     models: tuple[str, ...] = ("digits",),
     federated: tuple[str, ...] = (),
     grace_s: float = 0.5,
+    quarantine: Quarantine | None = None,
 ) -> Iterator[Running]:
     own = source or authority.source(GATEWAY)
     with ExitStack() as stack:
@@ -259,6 +260,7 @@ def running(
             log=log,
             address=("127.0.0.1", 0),
             limits=limits,
+            quarantine=quarantine,
         )
         _, port = gateway.start()
         stack.callback(gateway.stop, grace_s)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from concurrent import futures
 from pathlib import Path
@@ -28,6 +30,14 @@ def agent(authority, private):
     )
     with Agent(authority, private, rules) as running:
         yield running
+
+
+@pytest.fixture
+def child():
+    """A process of ours that waits until its stdin is closed."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as process:
+        yield process
+        process.stdin.close()
 
 
 class ScriptedAgent:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-import spiffe
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography import x509
 
-from ztserve.errors import IdentityError
+from ztserve.errors import AuditError, IdentityError
 from ztserve.identity import (
     Agent,
     Rules,
@@ -20,12 +19,14 @@ from ztserve.identity import (
     admin,
     admin_path,
     register,
+    register_again,
     workload_endpoint,
 )
 from ztserve.identity import workload_api as wire
 
 CLI = "spiffe://td.example/ns/dev/sa/cli"
 GATEWAY = "spiffe://td.example/ns/ml-api/sa/api-gateway"
+LOCAL = Rules(trust_domain="td.example", default_id=CLI)
 ROOT = Path(__file__).parents[3]
 
 
@@ -62,49 +63,6 @@ def test_a_process_gets_an_svid_and_the_bundle(agent, authority):
         assert source.current().svid.id == CLI
 
 
-def test_the_stock_client_is_content_with_our_agent(agent, authority):
-    with spiffe.WorkloadApiClient(agent.socket) as client:
-        context = client.fetch_x509_context()
-        bundles = client.fetch_x509_bundles()
-    assert str(context.default_svid.spiffe_id) == CLI
-    trust_domain = spiffe.TrustDomain("td.example")
-    for found in (context.x509_bundle_set, bundles):
-        bundle = found.get_bundle_for_trust_domain(trust_domain)
-        (root,) = bundle.x509_authorities
-        assert root.public_bytes(Encoding.DER) == authority.bundle[0]
-
-
-def test_bundles_alone_can_be_fetched(agent, authority):
-    answer = call(
-        agent.socket,
-        wire.FETCH_BUNDLES,
-        wire.X509BundlesRequest,
-        wire.X509BundlesResponse,
-    )
-    assert dict(answer.bundles) == {"spiffe://td.example": authority.bundle[0]}
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        (),
-        ((wire.HEADER[0], "True"),),
-        ((wire.HEADER[0], "false"),),
-        (wire.HEADER, wire.HEADER),
-    ],
-)
-def test_a_call_without_the_security_header_is_refused(agent, metadata):
-    code = grpc.StatusCode.INVALID_ARGUMENT
-    assert "workload.spiffe.io" in refused(code, agent.socket, metadata=metadata)
-
-
-@pytest.mark.parametrize("method", ["FetchJWTSVID", "FetchJWTBundles", "Nonsense"])
-def test_calls_of_other_profiles_are_unimplemented(agent, method):
-    with pytest.raises(grpc.RpcError) as caught:
-        call(agent.socket, method, wire.X509SVIDRequest, wire.X509SVIDResponse)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_a_process_without_identity_is_refused(authority, private):
     with Agent(authority, private, Rules(trust_domain="td.example")) as agent:
         details = refused(grpc.StatusCode.PERMISSION_DENIED, agent.socket)
@@ -133,10 +91,22 @@ def test_a_process_registers_once_and_is_then_what_it_said(authority, private):
     rules = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
     with Agent(authority, private, rules) as agent:
         register(agent.admin_socket, GATEWAY, timeout_s=20)
-        register(agent.admin_socket, GATEWAY, timeout_s=20)
         assert fetch(agent.socket).svids[0].spiffe_id == GATEWAY
+        for second in (CLI, GATEWAY):
+            with pytest.raises(IdentityError, match=f"is {GATEWAY} already"):
+                register(agent.admin_socket, second, timeout_s=20)
+        assert fetch(agent.socket).svids[0].spiffe_id == GATEWAY
+
+
+def test_a_process_can_ask_who_it_is_and_is_not_named_twice(authority, private):
+    rules = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
+    with Agent(authority, private, rules) as agent:
+        assert admin(agent.admin_socket, {"op": "whoami"})["id"] is None
+        register_again(agent.admin_socket, GATEWAY, timeout_s=20)
+        assert admin(agent.admin_socket, {"op": "whoami"})["id"] == GATEWAY
+        register_again(agent.admin_socket, GATEWAY, timeout_s=20)
         with pytest.raises(IdentityError, match=f"is {GATEWAY} already"):
-            register(agent.admin_socket, CLI, timeout_s=20)
+            register_again(agent.admin_socket, CLI, timeout_s=20)
 
 
 def test_the_status_tells_what_an_operator_wants_to_know(agent):
@@ -151,10 +121,47 @@ def test_the_status_tells_what_an_operator_wants_to_know(agent):
 
 def test_a_stop_request_calls_back_once_the_answer_is_given(authority, private):
     asked = threading.Event()
-    rules = Rules(trust_domain="td.example")
-    with Agent(authority, private, rules, on_stop=asked.set) as agent:
+    with Agent(authority, private, LOCAL, admin_ids=(CLI,), on_stop=asked.set) as agent:
         assert admin(agent.admin_socket, {"op": "stop"})["ok"]
         assert asked.wait(20)
+
+
+def test_only_an_admin_may_stop_the_agent_or_ask_for_further_requests(
+    authority, private
+):
+    done = []
+
+    def echo(process, request):
+        done.append(process.pid)
+        return {"told": request["what"]}
+
+    request = {"op": "echo", "what": "a"}
+    ops = {"extra_ops": {"echo": echo}, "on_stop": done.clear}
+    with Agent(authority, private, LOCAL, admin_ids=(CLI,), **ops) as agent:
+        assert admin(agent.admin_socket, request)["told"] == "a"
+        assert done == [os.getpid()]
+    with Agent(authority, private, LOCAL, admin_ids=(GATEWAY,), **ops) as agent:
+        for refused_one in ({"op": "stop"}, request):
+            with pytest.raises(IdentityError, match="is no admin of this agent"):
+                admin(agent.admin_socket, refused_one)
+    with (
+        Agent(authority, private, Rules(trust_domain="td.example"), **ops) as agent,
+        pytest.raises(IdentityError, match="has registered no identity"),
+    ):
+        admin(agent.admin_socket, request)
+    assert done == [os.getpid()]
+
+
+def test_a_further_request_may_refuse_with_any_error_of_ours(authority, private):
+    def full(process, request):
+        raise AuditError("the disk is full")
+
+    ops = {"full": full}
+    with (
+        Agent(authority, private, LOCAL, admin_ids=(CLI,), extra_ops=ops) as agent,
+        pytest.raises(IdentityError, match="the disk is full"),
+    ):
+        admin(agent.admin_socket, {"op": "full"})
 
 
 def test_an_agent_can_stop_itself_when_asked(authority, private):
@@ -164,7 +171,7 @@ def test_an_agent_can_stop_itself_when_asked(authority, private):
         agent.stop()
         stopped.set()
 
-    agent = Agent(authority, private, Rules(trust_domain="td.example"), on_stop=stop)
+    agent = Agent(authority, private, LOCAL, admin_ids=(CLI,), on_stop=stop)
     agent.start()
     admin(agent.admin_socket, {"op": "stop"})
     assert stopped.wait(10)
@@ -182,7 +189,8 @@ def test_an_agent_can_stop_itself_when_asked(authority, private):
         ({"op": "register", "id": "nonsense"}, "must begin with spiffe://"),
         ({"op": "register", "id": "spiffe://other/a"}, "is not of the trust domain"),
         ({"op": "register", "id": "spiffe://td.example/ns/x/sa/y"}, "none such may be"),
-        ({"op": "stop"}, "ends with the process that started it"),
+        ({"op": "whoami", "pid": 1}, "expected op"),
+        ({"op": ["stop"]}, "expected op"),
     ],
 )
 def test_admin_requests_that_are_not_understood_or_allowed_are_refused(
@@ -190,6 +198,14 @@ def test_admin_requests_that_are_not_understood_or_allowed_are_refused(
 ):
     with pytest.raises(IdentityError, match=message):
         admin(agent.admin_socket, request_)
+
+
+def test_an_agent_that_ends_with_its_process_is_not_stopped(authority, private):
+    with (
+        Agent(authority, private, LOCAL, admin_ids=(CLI,)) as agent,
+        pytest.raises(IdentityError, match="ends with the process that started it"),
+    ):
+        admin(agent.admin_socket, {"op": "stop"})
 
 
 @pytest.mark.parametrize(
@@ -200,7 +216,8 @@ def test_admin_lines_that_are_no_json_object_are_answered_so(agent, line):
 
 
 def test_an_admin_line_without_end_is_refused(agent):
-    assert exchange(agent, b"x" * 10_000)["ok"] is False
+    answer = exchange(agent, b"x" * 10_000)
+    assert answer["error"] == "expected one line of JSON, at most 4096 bytes"
 
 
 def exchange(agent, line):
@@ -302,3 +319,80 @@ def test_a_process_that_forgets_to_stop_its_agent_still_ends(private):
         cwd=ROOT,
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, CLI, "")
+
+
+# --- what is written down -----------------------------------------------------------
+
+
+class Written(list):
+    """The events of an agent, as (kind, fields)."""
+
+    def __call__(self, kind, fields):
+        self.append((kind, dict(fields)))
+
+    def of(self, kind):
+        return [fields for found, fields in self if found == kind]
+
+
+def test_each_registration_issue_refusal_and_admin_request_is_an_event(
+    authority, private
+):
+    written = Written()
+    rules = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
+    with Agent(
+        authority, private, rules, admin_ids=(GATEWAY,), on_event=written
+    ) as agent:
+        with pytest.raises(IdentityError, match="none such may be"):
+            register(agent.admin_socket, "spiffe://td.example/ns/x/sa/y")
+        register(agent.admin_socket, GATEWAY)
+        svid = fetch(agent.socket).svids[0]
+        with pytest.raises(IdentityError, match="already"):
+            register(agent.admin_socket, CLI)
+        admin(agent.admin_socket, {"op": "status"})
+        with pytest.raises(IdentityError, match="ends with the process"):
+            admin(agent.admin_socket, {"op": "stop"})
+        exchange(agent, b"nonsense\n")
+    me = {"pid": os.getpid(), "uid": os.geteuid()}
+    leaf = x509.load_der_x509_certificate(svid.x509_svid)
+    assert [kind for kind, _ in written] == [
+        "identity-refused",
+        "identity-registered",
+        "svid-issued",
+        "identity-alert",
+        "admin-request",
+        "admin-request",
+        "identity-refused",
+        "identity-refused",
+    ]
+    assert written.of("identity-registered") == [{**me, "id": GATEWAY}]
+    serial = f"serial {leaf.serial_number:x}"
+    assert written.of("svid-issued") == [{**me, "id": GATEWAY, "what": serial}]
+    assert "cannot become" in written.of("identity-alert")[0]["reason"]
+    assert written.of("admin-request")[1] == {**me, "op": "stop", "id": GATEWAY}
+    assert "one line of JSON" in written.of("identity-refused")[-1]["reason"]
+
+
+def test_what_cannot_be_written_down_is_not_done(authority, private):
+    full = []
+
+    def on_event(kind, fields):
+        if full and kind in full:
+            raise AuditError("the disk is full")
+
+    rules = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
+    with Agent(
+        authority, private, rules, admin_ids=(GATEWAY,), on_event=on_event
+    ) as agent:
+        full.append("identity-registered")
+        with pytest.raises(IdentityError, match="the disk is full"):
+            register(agent.admin_socket, GATEWAY)
+        assert admin(agent.admin_socket, {"op": "whoami"})["id"] is None
+        full.clear()
+        register(agent.admin_socket, GATEWAY)  # it was not taken, so it is no second
+        full.append("svid-issued")
+        assert "cannot be audited: the disk is full" in refused(
+            grpc.StatusCode.UNAVAILABLE, agent.socket
+        )
+        full.append("admin-request")
+        with pytest.raises(IdentityError, match="the disk is full"):
+            admin(agent.admin_socket, {"op": "stop"})

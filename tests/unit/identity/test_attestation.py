@@ -2,14 +2,13 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ztserve.errors import IdentityError
 from ztserve.identity import Rules, SpiffeId
-from ztserve.identity.attestation import Claims, Process, attest, descends_from
+from ztserve.identity.attestation import Process, attest, descends_from
 
 CLI = "spiffe://td.example/ns/dev/sa/cli"
 GATEWAY = "spiffe://td.example/ns/ml-api/sa/api-gateway"
@@ -21,13 +20,6 @@ def myself():
     left, right = socket.socketpair(socket.AF_UNIX)
     with left, right:
         return attest(left)
-
-
-@pytest.fixture
-def child():
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as process:
-        yield process
-        process.stdin.close()
 
 
 def process_of(pid):
@@ -119,33 +111,3 @@ def test_rules_name_ids_of_their_own_trust_domain_only(field):
         Rules(trust_domain="td.example", **{field: ("spiffe://other/a",)})
     with pytest.raises(IdentityError, match="is not of the trust domain"):
         Rules(trust_domain="td.example", default_id="spiffe://other/a")
-
-
-def test_a_process_of_another_uid_gets_nothing():
-    claims = Claims(Rules(trust_domain="td.example", default_id=CLI))
-    other = replace(myself(), uid=os.geteuid() + 1)
-    for refused in (
-        lambda: claims.register(other, CLI),
-        lambda: claims.identity_of(other),
-    ):
-        with pytest.raises(IdentityError, match="only uid"):
-            refused()
-    assert not claims.living()
-
-
-def test_claims_of_processes_that_ended_are_forgotten(child):
-    claims = Claims(Rules(trust_domain="td.example", default_id=CLI))
-    claims.identity_of(process_of(child.pid))
-    assert [process.pid for process in claims.living()] == [child.pid]
-    child.stdin.close()
-    child.wait()
-    assert not claims.living()
-
-
-def test_a_reused_pid_is_another_process():
-    rules = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
-    claims = Claims(rules)
-    me = myself()
-    claims.register(me, GATEWAY)
-    assert claims.identity_of(replace(me, started=me.started + 1)) == CLI
-    assert claims.identity_of(me) == GATEWAY

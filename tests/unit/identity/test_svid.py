@@ -98,7 +98,6 @@ def change(material, **parts):
         ({"federated": {"spiffe://td.example": b"\x30\0"}}, "not another domain's"),
         ({"federated": {"spiffe://b.example/x": b"\x30\0"}}, "not another domain's"),
         ({"federated": {"b.example": b"\x30\0"}}, "must begin with spiffe://"),
-        ({"federated": {"spiffe://b.example": b""}}, "trust bundle of b.example: 0"),
         (
             {"federated": {f"spiffe://b{n}": b"" for n in range(64)}},
             "64 federated bundles, at most 63",
@@ -110,6 +109,20 @@ def test_material_that_does_not_hold_is_refused_with_the_reason(
 ):
     with pytest.raises(IdentityError, match=message):
         read_identity(change(material, **parts), now=types.now())
+
+
+@pytest.mark.parametrize("careless", [b"", b"\x30\0", b"\0"])
+def test_a_partners_careless_bundle_takes_its_own_trust_domain_away_alone(
+    material, careless, caplog
+):
+    good = ThrowAwayAuthority("c.example").bundle
+    federated = {
+        "spiffe://b.example": careless,
+        "spiffe://c.example": good[0],
+    }
+    identity = read_identity(change(material, federated=federated), now=types.now())
+    assert identity.bundles.keys() == {"td.example", "c.example"}
+    assert "no SVID of b.example is believed" in caplog.text
 
 
 def test_an_encrypted_key_is_refused_without_a_word_about_it(svid, material):

@@ -54,6 +54,19 @@ def test_addresses_that_are_gone_take_no_more_calls() -> None:
     assert made.outdated(["b"], 1) == ["b"]
 
 
+def test_what_runs_on_a_retired_lane_can_be_broken_off_once() -> None:
+    made, closed = replicas("a", "b")
+    old, other = made.take(avoid={"b"}), made.take(avoid={"a"})
+    made.install(Lane("a", "new channel", 1))
+    made.cut(0)
+    assert (closed, old.cut) == ([], False)
+    made.cut(1)
+    assert (closed, old.cut, other.cut) == (["channel to a"], True, False)
+    made.give_back(old)
+    made.cut(1)
+    assert closed == ["channel to a"]
+
+
 def test_only_what_surely_did_not_run_is_tried_again() -> None:
     attempts = Attempts(Budget(), 5)
     assert attempts.pause_s(Unavailable("x"), "a") > 0

@@ -1,0 +1,119 @@
+import pytest
+
+from tests.unit.identity.federated import (
+    THEIRS,
+    Endpoint,
+    federated,
+    saved,
+    spiffe,
+    throw_away,
+    until,
+)
+from ztserve.errors import ConfigError
+from ztserve.identity.relationship_file import RelationshipFile
+
+WEB = """
+[[federation]]
+trust_domain = "b.example"
+profile = "https_web"
+url = "https://127.0.0.1:1/"
+"""
+FILE = """
+[[federation]]
+trust_domain = "c.example"
+profile = "file"
+file = "c.example.json"
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "federation.toml"
+
+
+def write(path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.chmod(0o600)
+    new.replace(path)
+
+
+def test_the_file_says_with_whom_we_federate(path):
+    write(path, WEB + FILE)
+    web, file = RelationshipFile(path).relationships
+    assert (web.trust_domain, web.profile) == (THEIRS, "https_web")
+    assert file.file == path.parent / "c.example.json"
+    write(path, "federation = []")
+    assert RelationshipFile(path).relationships == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected \[\[federation\]\] tables, or federation = \[\]; got nothing"),
+        ("[[federated]]", "got 'federated'"),
+        (WEB + "[more]", "got 'federation', 'more'"),
+        ("[federation]", "expected tables"),
+        ("federation = [", "is not valid TOML"),
+        ("federation = " + "[" * 9999, "is not valid TOML"),
+        ("\x00", "is not valid TOML"),
+        (WEB.replace("https:", "http:"), "federation.toml: federation with .*https"),
+        (WEB + WEB, "given twice"),
+        (WEB + "x = 1", "'x' is not a known key"),
+        ("#" * (256 * 1024 + 1), "over 262144 bytes"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused(path, text, message):
+    write(path, text)
+    with pytest.raises(ConfigError, match=message):
+        RelationshipFile(path)
+
+
+def test_a_file_that_others_can_change_or_that_is_not_there_is_refused(path):
+    with pytest.raises(ConfigError, match="No such file"):
+        RelationshipFile(path)
+    write(path, WEB)
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="others can change it"):
+        RelationshipFile(path)
+
+
+@pytest.mark.slow
+def test_an_edit_takes_effect_within_a_second(path, tmp_path):
+    theirs, other = throw_away(), throw_away("c.example")
+    saved(tmp_path, other.trust_bundle())
+    with Endpoint(theirs) as endpoint:
+        one = spiffe(endpoint, tmp_path, theirs)
+        text = f"""
+            [[federation]]
+            trust_domain = "b.example"
+            profile = "https_spiffe"
+            url = "{one.url}"
+            spiffe_id = "{one.spiffe_id}"
+            bootstrap = "{one.bootstrap.name}"
+        """
+        write(path, text + FILE)
+        events = []
+        file = RelationshipFile(path, on_event=lambda *told: events.append(told))
+        with federated(*file.relationships) as federation:
+            file.follow(federation)
+            assert set(federation.bundles()) == {THEIRS, "c.example"}
+            write(path, text)
+            took_s = until(lambda: set(federation.bundles()) == {THEIRS})
+            assert took_s < 1
+            until(lambda: events)
+            assert events == [("relationships-loaded", {"trust_domains": [THEIRS]})]
+            for count, bad in enumerate(
+                (text.replace("https_spiffe", "none"), "", text + FILE * 2), 2
+            ):
+                write(path, bad)
+                until(lambda count=count: len(events) == count)
+                assert events[-1][0] == "relationships-refused"
+                assert set(federation.bundles()) == {THEIRS}
+            path.unlink()
+            until(lambda: len(events) == 5)
+            assert "No such file" in events[-1][1]["reason"]
+            assert set(federation.bundles()) == {THEIRS}
+            write(path, "federation = []")
+            assert until(lambda: not federation.bundles()) < 1
+            file.close()
