@@ -90,6 +90,8 @@ def test_the_table_of_settings_is_that_of_the_code():
 
 
 def told(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 

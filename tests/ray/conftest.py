@@ -1,6 +1,7 @@
 """One Ray for the whole session, with a home, a token and a project of its own."""
 
 import os
+import random
 import socket
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,15 @@ from ztserve.serving.cluster import attached, deploy
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the kernel gives to outgoing connections, as Ray's many."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def pytest_collection_modifyitems(items):

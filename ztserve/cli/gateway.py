@@ -23,6 +23,7 @@ def run(chosen: argparse.Namespace) -> int:
     if not settings.gateway.deployments:
         raise ConfigError("[gateway] deployments is empty: name what it routes to")
     source = config.obtain_identity(settings, settings.gateway_id)
+    tokens = config.open_tokens(settings, source)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -41,7 +42,7 @@ def run(chosen: argparse.Namespace) -> int:
                 operations=None,
             ),
             deployments={
-                name: client(settings, source, name, quarantine)
+                name: client(settings, source, name, quarantine, tokens)
                 for name in where.deployments
             },
             log=log,
@@ -61,6 +62,7 @@ def client(
     source: identity.Source,
     deployment: str,
     quarantine: identity.Quarantine | None = None,
+    tokens: identity.JwtSource | None = None,
 ) -> transport.AsyncClient:
     """Return a client of one deployment, found through the directory."""
     namespace, _, service = deployment.rpartition("/")
@@ -70,4 +72,5 @@ def client(
         directory=f"{settings.directory.host}:{settings.directory.port}",
         directory_id=settings.directory_id,
         quarantine=quarantine,
+        tokens=tokens,
     )

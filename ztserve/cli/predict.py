@@ -48,6 +48,7 @@ def run(chosen: argparse.Namespace) -> int:
             directory_id=settings.directory_id,
             timeout_s=chosen.timeout_s,
             quarantine=quarantine,
+            tokens=config.open_tokens(settings, source),
         ) as client,
     ):
         if chosen.example:

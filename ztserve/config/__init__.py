@@ -16,6 +16,7 @@ from ztserve.config.rooms import (
     obtain_identity,
     open_log,
     open_quarantine,
+    open_tokens,
     record_refusal,
 )
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries
@@ -37,6 +38,7 @@ __all__ = [
     "obtain_identity",
     "open_log",
     "open_quarantine",
+    "open_tokens",
     "process_environment",
     "ray_auth_mode",
     "record_refusal",

@@ -25,6 +25,7 @@ _KINDS = {
     int: "a whole number",
     float: "a number",
     str: "a string",
+    bool: "true or false",
     Path: "a string, the path of a file",
 }
 
@@ -149,7 +150,7 @@ def _value(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_value(item, parameters[0], where) for item in value)
-    if type(value) is not str:
+    if type(value) is not (bool if kind is bool else str):
         raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {value!r}")
     return kind(value)
 

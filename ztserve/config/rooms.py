@@ -119,6 +119,28 @@ def follow_federation(
     return federation
 
 
+def open_tokens(
+    settings: Settings, source: identity.Source
+) -> identity.JwtSource | None:
+    """Get our JWT-SVIDs where calls are to bear them; None where they need not.
+
+    Raises ConfigError where our identity does not come from an agent, IdentityError
+    where that does not answer.
+    """
+    if not settings.identity.require_jwt:
+        return None
+    if not isinstance(source, identity.WorkloadSource):
+        raise ConfigError(
+            "[identity] require_jwt: tokens come from a SPIFFE agent, and this process "
+            "has its SVID from elsewhere; set SPIFFE_ENDPOINT_SOCKET"
+        )
+    return identity.JwtSource(
+        source.socket,
+        spiffe_id=source.current().svid.id,
+        timeout_s=settings.identity.wait_s,
+    )
+
+
 def open_quarantine(settings: Settings) -> identity.Quarantine:
     """Follow the list of those who are refused; IdentityError if it is unusable."""
     return identity.Quarantine.open(settings.identity.quarantine)

@@ -42,6 +42,8 @@ class IdentitySettings:
     """Longest wait for an agent that is away."""
     svid_ttl_s: Seconds = 3600.0
     """Lifetime of the SVIDs that the development authority issues."""
+    require_jwt: bool = False
+    """Whether each call to a replica must also bear a JWT-SVID of the caller."""
     svid_files: tuple[Path, ...] = ()
     """Certificate chain, key and our bundle (PEM), where no agent gives an SVID."""
     svid_folder: Path | None = None

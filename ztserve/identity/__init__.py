@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from ztserve.identity.agent import Agent
     from ztserve.identity.bundle_endpoint import BundleEndpoint, renewing
     from ztserve.identity.federation import Federation
+    from ztserve.identity.jwt_proof import JwtProof
+    from ztserve.identity.jwt_source import JwtSource
     from ztserve.identity.relationship import Relationship, read_relationships
     from ztserve.identity.relationship_file import RelationshipFile
     from ztserve.identity.workload import WorkloadSource
@@ -49,6 +51,8 @@ _HOME = {
     "Agent": "ztserve.identity.agent",
     "BundleEndpoint": "ztserve.identity.bundle_endpoint",
     "Federation": "ztserve.identity.federation",
+    "JwtProof": "ztserve.identity.jwt_proof",
+    "JwtSource": "ztserve.identity.jwt_source",
     "Relationship": "ztserve.identity.relationship",
     "RelationshipFile": "ztserve.identity.relationship_file",
     "WorkloadSource": "ztserve.identity.workload",
@@ -65,6 +69,8 @@ __all__ = [
     "FixedSource",
     "FolderSource",
     "Identity",
+    "JwtProof",
+    "JwtSource",
     "JwtSvid",
     "LiveSource",
     "PeerVerifier",

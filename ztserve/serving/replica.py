@@ -16,6 +16,7 @@ from ztserve.config import (
     load_policies,
     open_log,
     open_quarantine,
+    open_tokens,
     record_refusal,
 )
 from ztserve.errors import (
@@ -24,7 +25,7 @@ from ztserve.errors import (
     IdentityError,
 )
 from ztserve.filtering import OutputFilter, TextFilter
-from ztserve.identity import Source
+from ztserve.identity import JwtProof, Source
 from ztserve.inference import Runner
 from ztserve.pipeline import Pipeline
 from ztserve.serving.weights import Pin, Weights
@@ -79,6 +80,7 @@ class Replica:
         self._whole_process = whole_process
         self._log = open_log(plan.settings, deployment.service, name, source)
         self.quarantine = open_quarantine(plan.settings)
+        self.tokens = open_tokens(plan.settings, source)
         self._policies = load_policies(
             plan.settings,
             service=deployment.service,
@@ -158,6 +160,8 @@ class Replica:
         self._log.event("replica-stopped", address=self.address)
         self._log.close()
         self.quarantine.close()
+        if self.tokens is not None:
+            self.tokens.close()
 
     # --- start-up -----------------------------------------------------------------
 
@@ -226,6 +230,9 @@ class Replica:
             if self._whole_process
             else None,
             quarantine=self.quarantine,
+            proof=None
+            if self.tokens is None
+            else JwtProof(self.tokens.authorities, self.source.current().svid.id),
         )
 
 

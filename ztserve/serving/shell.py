@@ -156,6 +156,7 @@ def _start(
             directory=member.directory,
             directory_id=plan.settings.directory_id,
             quarantine=replica.quarantine,
+            tokens=replica.tokens,
         )
         return Composed(client, value.inputs, value.outputs)
 

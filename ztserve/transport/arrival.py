@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import grpc
 
 from ztserve.errors import CallError, InvalidInput, Unauthenticated
+from ztserve.identity import JwtProof
 from ztserve.transport import callers
 from ztserve.transport.credentials import Facts, ServerCredentials
 from ztserve.types import Call, Caller, Operation, Peer
@@ -62,12 +63,14 @@ class Reception:
         *,
         delegates: Collection[str],
         max_metadata_bytes: int,
+        proof: JwtProof | None,
         host: str,
         port: int,
     ) -> None:
         self._credentials = credentials
         self._delegates = frozenset(delegates)
         self._max_metadata_bytes = max_metadata_bytes
+        self._proof = proof
         self._host = host
         self._port = port
 
@@ -82,8 +85,8 @@ class Reception:
         """Return the Call that has just arrived from the verified `peer`.
 
         Its deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
-        where a delegate's caller header does not hold, InvalidInput where there is
-        too much metadata.
+        where a delegate's caller header or the peer's own token does not hold,
+        InvalidInput where there is too much metadata.
         """
         headers = _NO_HEADERS
         caller: Caller | None = None
@@ -93,6 +96,10 @@ class Reception:
             headers, asserted = sorted_out(metadata, self._max_metadata_bytes)
             if asserted:
                 caller, notes = self._caller(asserted, peer)
+        if self._proof is not None:
+            shown = dict(headers)
+            self._proof.check(shown.pop("authorization", None), peer)
+            headers = MappingProxyType(shown)
         source_ip, source_port = source(context.peer())
         remaining_s = context.time_remaining()
         return Call(

@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import grpc
 import grpc.aio
 
-from ztserve.identity import Quarantine, Source, SpiffeId
+from ztserve.identity import JwtSource, Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
 from ztserve.transport.async_upkeep import AsyncUpkeep
 from ztserve.transport.protocol import NONE, Metadata
@@ -34,6 +34,7 @@ class AsyncClient:
         model: str = "",
         timeout_s: float = protocol.TIMEOUT_S,
         quarantine: Quarantine | None = None,
+        tokens: JwtSource | None = None,
     ) -> None:
         self._replicas: Replicas[grpc.aio.Channel] = Replicas(self._close_channel)
         self._route = Route(
@@ -47,6 +48,7 @@ class AsyncClient:
         )
         self._model = model
         self._timeout_s = timeout_s
+        self._tokens = tokens
         self._budget = Budget()
         self._datatypes: Mapping[str, str] | None = None
         self._upkeep: AsyncUpkeep | None = None
@@ -128,7 +130,7 @@ class AsyncClient:
         """Yield the answer to a request that is made already, piece by piece."""
         server = self._route.server
         message = values.message(request)
-        headers = protocol.headers(caller, server)
+        headers = await self._headers(caller)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
             left_s, lane = attempts.left_s(), await self._lane(attempts)
@@ -197,6 +199,15 @@ class AsyncClient:
                 self._datatypes = NONE
         return self._datatypes
 
+    async def _headers(
+        self, caller: Caller | None
+    ) -> tuple[tuple[str, str | bytes], ...] | None:
+        server, tokens = self._route.server, self._tokens
+        if tokens is None or tokens.is_held(server):
+            return protocol.headers(caller, server, tokens)
+        # The agent is asked, which takes a while.
+        return await asyncio.to_thread(protocol.headers, caller, server, tokens)
+
     async def _unary(
         self,
         path: str,
@@ -205,7 +216,7 @@ class AsyncClient:
         caller: Caller | None = None,
     ) -> bytes:
         server = self._route.server
-        headers = protocol.headers(caller, server)
+        headers = await self._headers(caller)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
             left_s, lane = attempts.left_s(), await self._lane(attempts)

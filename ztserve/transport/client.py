@@ -6,7 +6,7 @@ from typing import Any, Self, cast
 
 import grpc
 
-from ztserve.identity import Quarantine, Source, SpiffeId
+from ztserve.identity import JwtSource, Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
 from ztserve.transport.protocol import NONE, Metadata
 from ztserve.transport.replicas import Lane, Replicas
@@ -31,6 +31,7 @@ class Client:
         timeout_s: for calls that are given none.
         quarantine: servers that are not called although their SVID holds, by SPIFFE ID;
             None: no such.
+        tokens: what gives each call a JWT-SVID of ours; None: it bears none.
 
     Thread-safe. Each error of `ztserve.errors` that the server raised is raised here
     again. A call that surely did not run is tried again, on another replica if there
@@ -49,6 +50,7 @@ class Client:
         model: str = "",
         timeout_s: float = protocol.TIMEOUT_S,
         quarantine: Quarantine | None = None,
+        tokens: JwtSource | None = None,
     ) -> None:
         self._replicas: Replicas[grpc.Channel] = Replicas(_close)
         self._route = Route(
@@ -62,6 +64,7 @@ class Client:
         )
         self._model = model
         self._timeout_s = timeout_s
+        self._tokens = tokens
         self._budget = Budget()
         self._datatypes: Mapping[str, str] | None = None
         self._upkeep = Upkeep(self._route)
@@ -145,7 +148,7 @@ class Client:
         """Yield the answer to a request that is made already, piece by piece."""
         server = self._route.server
         message = values.message(request)
-        headers = protocol.headers(caller, server)
+        headers = protocol.headers(caller, server, self._tokens)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
             left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)
@@ -207,7 +210,7 @@ class Client:
         caller: Caller | None = None,
     ) -> bytes:
         server = self._route.server
-        headers = protocol.headers(caller, server)
+        headers = protocol.headers(caller, server, self._tokens)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
             left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)

@@ -16,6 +16,7 @@ from ztserve.errors import (
     Unavailable,
     ZTServeError,
 )
+from ztserve.identity import JwtSource
 from ztserve.transport import callers, codec, status, values
 from ztserve.transport.methods import SERVICE
 from ztserve.transport.v1 import inference_pb2 as pb
@@ -30,6 +31,8 @@ ASK_READY = pb.ServerReadyRequest().SerializeToString()
 ASK_METADATA = pb.ModelMetadataRequest().SerializeToString()
 NONE: Mapping[str, str] = MappingProxyType({})
 
+AUTHORIZATION = "authorization"
+"""Where a call bears a JWT-SVID (JWT-SVID 5.3)."""
 MAX_MESSAGE_BYTES = 64 << 20
 TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 600.0
@@ -76,11 +79,19 @@ class Metadata:
         return dict(values.example(self.inputs))
 
 
-def headers(caller: Caller | None, server: str) -> tuple[tuple[str, bytes], ...] | None:
-    """Return the metadata of a call on behalf of `caller`."""
-    if caller is None:
-        return None
-    return ((callers.HEADER, callers.written(caller, audience=server)),)
+def headers(
+    caller: Caller | None, server: str, tokens: JwtSource | None = None
+) -> tuple[tuple[str, str | bytes], ...] | None:
+    """Return the metadata of a call on behalf of `caller`, with a token of ours.
+
+    Raises IdentityError where the agent gives us none for this server.
+    """
+    found: list[tuple[str, str | bytes]] = []
+    if caller is not None:
+        found.append((callers.HEADER, callers.written(caller, audience=server)))
+    if tokens is not None:
+        found.append((AUTHORIZATION, tokens.fetch(server).authorization))
+    return tuple(found) or None
 
 
 def answer(message: bytes) -> tuple[Tensor, ...]:

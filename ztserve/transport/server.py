@@ -14,7 +14,7 @@ from typing import Any, cast
 import grpc
 
 from ztserve.errors import ConfigError
-from ztserve.identity import Quarantine, Source
+from ztserve.identity import JwtProof, Quarantine, Source
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.credentials import ServerCredentials
@@ -45,10 +45,11 @@ class Server:
         on_handshake_refused: told (cause, count), at most once a second for a cause,
             of handshakes that this whole process refused; see `watch_handshakes`.
         quarantine: who is refused although their SVID holds; None: nobody.
+        proof: what judges the JWT-SVID that each call must bear; None: none need.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a decision of its owner
         self,
         methods: Iterable[Method],
         *,
@@ -58,6 +59,7 @@ class Server:
         on_refused: Callable[[Refusal], object] | None = None,
         on_handshake_refused: Callable[[str, int], object] | None = None,
         quarantine: Quarantine | None = None,
+        proof: JwtProof | None = None,
     ) -> None:
         self._methods = tuple(methods)
         self._source = source
@@ -66,6 +68,7 @@ class Server:
         self._on_refused = on_refused
         self._on_handshake_refused = on_handshake_refused
         self._quarantine = quarantine
+        self._proof = proof
         self._unwatch: Callable[[], None] = lambda: None
         self._admission = Admission(limits)
         self._reaper = Reaper()
@@ -144,6 +147,7 @@ class Server:
             credentials,
             delegates=self._delegates,
             max_metadata_bytes=self._limits.max_metadata_bytes,
+            proof=self._proof,
             host=host,
             port=port,
         )

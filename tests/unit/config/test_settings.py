@@ -150,6 +150,27 @@ def test_a_number_beyond_its_bounds_is_refused_and_they_are_told(
         config.load(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(("text", "expected"), [("true", True), ("false", False)])
+def test_a_switch_is_true_or_false(tmp_path, text, expected):
+    path = written(tmp_path, f"[identity]\nrequire_jwt = {text}\n")
+    assert config.load(path).identity.require_jwt is expected
+
+
+@pytest.mark.parametrize("value", ["1", '"true"', "[]"])
+def test_anything_else_is_no_switch(tmp_path, value):
+    message = "require_jwt: expected true or false"
+    with pytest.raises(ConfigError, match=message):
+        config.load(written(tmp_path, f"[identity]\nrequire_jwt = {value}\n"))
+
+
+def test_tokens_need_an_agent(tmp_path):
+    settings = config.load(written(tmp_path, "[identity]\nrequire_jwt = true\n"))
+    source = ThrowAwayAuthority("dev.ztserve.internal").source(settings.developer_id)
+    with pytest.raises(ConfigError, match="require_jwt: tokens come from a SPIFFE"):
+        config.open_tokens(settings, source)
+    assert config.open_tokens(config.load(written(tmp_path, "")), source) is None
+
+
 def test_a_whole_number_will_do_for_seconds(tmp_path):
     path = written(tmp_path, "[transport]\nmax_call_s = 7\n")
     found = config.load(path).transport.max_call_s
