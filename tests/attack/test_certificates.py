@@ -25,6 +25,7 @@ from ztserve.errors import IdentityError, Unauthenticated
 from ztserve.identity import (
     PeerVerifier,
     SpiffeId,
+    TrustBundle,
     bundle,
     peer,
     spiffe_id,
@@ -260,6 +261,41 @@ def test_name_constraints_cannot_make_the_search_long(monkeypatch):
     )
     names = seeds.leaf_extensions(A_ID, *(["a"] * 1000))
     chain = [seeds.certificate("y", "between", *names), between]
+    assert_refused(chain, match="over 64 name constraints", now=seeds.NOW)
+    monkeypatch.setattr(bundle, "MAX_NAME_CONSTRAINTS", 1500)
     assert_refused(chain, match="at most 10000 comparisons", now=seeds.NOW)
     reason = unbounded(chain, monkeypatch)
     assert "Exceeded maximum name constraint check limit" in reason
+
+
+def limited_root(count):
+    limits = x509.NameConstraints(
+        None, [x509.DNSName(f"x{number}.y") for number in range(count)]
+    )
+    return seeds.authority("a", "a", (limits, True))
+
+
+def test_a_partners_root_cannot_make_each_of_its_names_be_compared_at_length():
+    for build in (
+        lambda root: TrustBundle("a.example", (root,), {}),
+        lambda root: PeerVerifier({"a.example": [root]}),
+    ):
+        build(limited_root(64))
+        with pytest.raises(IdentityError, match="over 64 name constraints"):
+            build(limited_root(65))
+
+
+def test_roots_of_one_subject_cannot_make_the_search_long():
+    roots = [limited_root(count) for count in range(1, 10)]
+    for build in (
+        lambda some: TrustBundle("a.example", some, {}),
+        lambda some: PeerVerifier({"a.example": some}),
+    ):
+        build(tuple(roots[:8]))
+        with pytest.raises(IdentityError, match="over 8 authorities of one subject"):
+            build(tuple(roots))
+    assert_refused(
+        A.issue(A_ID).chain_der,
+        {"a.example": [*A.bundle, *roots]},
+        match="over 8 authorities of one subject",
+    )

@@ -424,30 +424,48 @@ def test_a_slow_endpoint_holds_up_no_other(theirs, tmp_path):
         assert time.monotonic() - started < 0.1
 
 
-def test_a_visitor_cannot_hold_the_bundle_endpoint_for_long(theirs, monkeypatch):
+@pytest.mark.parametrize("control", [True, False])
+def test_visitors_who_stay_keep_nobody_out(theirs, monkeypatch, control):
+    if not control:
+        monkeypatch.setattr(
+            Endpoint, "_has_room", lambda self: self._free.acquire(blocking=False)
+        )
+    with Endpoint(theirs) as endpoint, ExitStack() as crowd:
+        one = Relationship(THEIRS, "https_spiffe", endpoint.url, DOOR, Path("unused"))
+        for _ in range(40):
+            crowd.enter_context(socket.create_connection(endpoint.address))
+        time.sleep(0.3)
+        if control:
+            for _ in range(5):
+                bundle_fetch.Fetcher().fetch(one, theirs.bundle)
+        else:
+            with pytest.raises(IdentityError):
+                bundle_fetch.Fetcher().fetch(one, theirs.bundle)
+
+
+def test_a_visitor_is_sent_away_after_a_while(theirs, monkeypatch):
     monkeypatch.setattr(bundle_endpoint, "MAX_VISIT_S", 0.3)
     with Endpoint(theirs) as endpoint, ExitStack() as crowd:
+        for _ in range(20):
+            crowd.enter_context(socket.create_connection(endpoint.address))
+        until(lambda: endpoint._free._value == 12)
+        assert until(lambda: endpoint._free._value == 32) < 2
 
-        def crowded_out() -> bool:
-            for _ in range(32):
-                crowd.enter_context(socket.create_connection(endpoint.address))
-            return not served()
 
-        def served() -> bool:
-            try:
-                bundle_fetch.Fetcher().fetch(one, theirs.bundle)
-            except IdentityError:
-                return False
-            return True
-
+def test_a_thread_that_cannot_start_costs_one_visit_only(theirs, monkeypatch):
+    with Endpoint(theirs) as endpoint:
         one = Relationship(THEIRS, "https_spiffe", endpoint.url, DOOR, Path("unused"))
-        until(crowded_out)
-        assert until(served) < 2  # all of them were sent away
+        start = threading.Thread.start
+
+        def fails(_):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", fails)
+        socket.create_connection(endpoint.address).close()
+        time.sleep(0.3)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        bundle_fetch.Fetcher().fetch(one, theirs.bundle)
         until(lambda: endpoint._free._value == 32)
-        monkeypatch.setattr(bundle_endpoint, "MAX_VISIT_S", 3600.0)
-        assert crowded_out()
-        time.sleep(1)
-        assert not served()  # without the limit, they keep everybody out
 
 
 # --- files that are not ours alone --------------------------------------------------

@@ -24,6 +24,7 @@ from ztserve.identity import (
     admin,
     attestation,
     register,
+    workload_callers,
 )
 from ztserve.identity import workload_api as wire
 from ztserve.identity.attestation import FalseClaim
@@ -134,6 +135,70 @@ def test_dialling_past_the_attestation_gives_nothing(directory, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [True, False])
+def test_a_name_that_means_a_process_cannot_be_taken_before_it_means_nobody(
+    directory, monkeypatch, control
+):
+    taken = []
+
+    class Watched(dict):
+        def pop(self, address, default=None):
+            with socket.socket(socket.AF_UNIX) as thief:
+                try:
+                    thief.bind("\0" + address.removeprefix("unix-abstract:"))
+                except OSError:
+                    taken.append(False)
+                else:
+                    taken.append(True)
+            return super().pop(address, default)
+
+    if not control:
+        monkeypatch.setattr(socket.socket, "dup", lambda _: socket.socket())
+    with Agent(A, directory, rules()) as agent:
+        agent._front._callers = Watched()
+        for _ in range(3):
+            with suppress(IdentityError), WorkloadSource(agent.socket, timeout_s=5):
+                pass
+        until = time.monotonic() + 5
+        while len(taken) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+    assert any(taken) is not control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [True, False])
+def test_one_process_cannot_follow_all_streams(directory, monkeypatch, control):
+    if not control:
+        monkeypatch.setattr(workload_callers, "MAX_STREAMS_OF_ONE", 10**6)
+    with (
+        Agent(A, directory, rules()) as agent,
+        grpc.insecure_channel(f"unix:{agent.socket.removeprefix('unix://')}") as door,
+    ):
+        follow = door.unary_stream(f"/{wire.SERVICE}/{wire.FETCH_BUNDLES}")
+        streams = [follow(b"", metadata=(wire.HEADER,)) for _ in range(40)]
+        codes = []
+        for stream in streams:
+            try:
+                next(stream)
+            except grpc.RpcError as error:
+                codes.append(error.code())
+        exhausted = grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert codes == ([exhausted] * 8 if control else [])
+
+
+def test_a_process_that_ended_and_was_not_reaped_is_nobody():
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        with pytest.raises(IdentityError, match="has ended"):
+            attestation._stat(pid)
+    finally:
+        os.waitpid(pid, 0)
+
+
 def test_a_process_has_one_identity_for_its_whole_life(directory, monkeypatch):
     events = []
     with Agent(A, directory, rules(), on_event=lambda *e: events.append(e)) as agent:

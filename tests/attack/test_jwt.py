@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -319,7 +320,9 @@ def test_x9_a_workload_does_not_become_an_authority_by_a_place_in_a_bundle(
     leaf = authority.forge(A_ID, **flaws).chain_der[0]
     with pytest.raises(IdentityError, match=r"is not a CA|is a workload, not a trust"):
         TrustBundle.parse(certificates(*authority.bundle, leaf), "a.example")
-    monkeypatch.setattr(bundle, "read_authority", lambda *_: None)
+    monkeypatch.setattr(
+        bundle, "read_authority", lambda der, _: x509.load_der_x509_certificate(der)
+    )
     read = TrustBundle.parse(certificates(*authority.bundle, leaf), "a.example")
     assert leaf in read.x509_authorities
 

@@ -4,6 +4,7 @@ Each attack is shown to work once its control is taken out.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import ssl
@@ -47,6 +48,7 @@ from ztserve.identity import (
     quarantine_operations,
     register,
 )
+from ztserve.identity import quarantine as quarantine_module
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client
 from ztserve.transport.visit import _Visit
@@ -381,12 +383,68 @@ def test_a_list_that_was_truncated_admits_nobody(
 
 
 @pytest.mark.parametrize("control", [True, False])
+def test_a_list_that_was_removed_is_not_begun_anew_by_the_next_entry(
+    path, monkeypatch, control
+) -> None:
+    def listed(subject):
+        quarantine_file.add(
+            path, subject, reason="r", by="me", on_event=lambda *_: None
+        )
+
+    listed(THIEF)
+    path.unlink()
+    if control:
+        for attempt in (
+            lambda: listed("77"),
+            lambda: quarantine_file.read(path),
+            lambda: Quarantine(path),
+        ):
+            with pytest.raises(IdentityError, match="is gone, and with it who was"):
+                attempt()
+        return
+    nowhere = path.with_name("another")
+    monkeypatch.setattr(quarantine_file, "_begun", lambda _: nowhere)
+    listed("77")
+    assert THIEF not in [one.subject for one in quarantine_file.read(path) or ()]
+
+
+def test_a_reader_of_the_folder_cannot_hold_up_an_edit(path):
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        quarantine_file.add(path, THIEF, reason="r", by="me", on_event=lambda *_: None)
+    finally:
+        os.close(folder)
+    lock = path.parent / ".quarantine.lock"
+    assert lock.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_list_on_a_disk_that_stalls_admits_nobody(
+    authority, path, monkeypatch, control
+):
+    stalls = threading.Event()
+    with (
+        Quarantine.open(path) as quarantine,
+        besieged(authority, quarantine, path) as (_, honest),
+    ):
+        if control:
+            monkeypatch.setattr(quarantine_module, "STALE_S", 0.5)
+        monkeypatch.setattr(Quarantine, "_look", lambda _: stalls.wait(10))
+        time.sleep(1)
+        assert gets_in(honest) is not control
+        stalls.set()
+
+
+@pytest.mark.parametrize("control", [True, False])
 def test_a_list_that_was_removed_admits_nobody(
     authority, path, monkeypatch, control
 ) -> None:
     if not control:
         forgetful = property(lambda _: False, lambda _, __: None)
         monkeypatch.setattr(Quarantine, "_seen", forgetful, raising=False)
+        forgotten = iter(path.with_name(f"{n}.begun") for n in range(10**6))
+        monkeypatch.setattr(quarantine_file, "_begun", lambda _: next(forgotten))
     with (
         Quarantine.open(path) as quarantine,
         besieged(authority, quarantine, path) as (thief, honest),

@@ -8,6 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ztserve import config, identity
+from ztserve.errors import IdentityError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,14 @@ def run(chosen: argparse.Namespace) -> int:
     server = settings.spiffe_id(service, namespace or None)
     with config.obtain_identity(settings) as source:
         current = source.current()
+    embedded = isinstance(source, identity.WorkloadSource) and not (
+        config.endpoint_socket()
+    )
+    if embedded and current.svid.id != settings.developer_id:
+        raise IdentityError(
+            f"this process is given {current.svid.id} and not {settings.developer_id}: "
+            "that key is not yours to write; mend the registration entries"
+        )
     svid = current.svid
     chosen.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, text in (

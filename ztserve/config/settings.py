@@ -40,7 +40,7 @@ class IdentitySettings:
     """The namespace of this project's deployments."""
     wait_s: Seconds = 60.0
     """Longest wait for an agent that is away."""
-    svid_ttl_s: Seconds = 3600.0
+    svid_ttl_s: Annotated[float, Between(1, 86400)] = 3600.0
     """Lifetime of the SVIDs that the development authority issues."""
     require_jwt: bool = False
     """Whether each call to a replica must also bear a JWT-SVID of the caller."""

@@ -97,6 +97,8 @@ def _stat(pid: int) -> tuple[int, int]:
     except OSError as error:
         raise IdentityError(f"process {pid} is gone") from error
     fields = text.rpartition(")")[2].split()  # the command's name may hold anything
+    if fields[0] in "ZX":
+        raise IdentityError(f"process {pid} has ended")
     return int(fields[1]), int(fields[19])
 
 

@@ -8,7 +8,8 @@ its trust domain: whoever fetched it knows whose it is (federation: F7).
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Self
@@ -32,6 +33,10 @@ MAX_JWKS_KEYS = 256
 """Entries of one document, those that are ignored counted too."""
 MAX_AUTHORITIES = 64
 """Authorities of each kind in one bundle."""
+MAX_ONE_SUBJECT = 8
+"""X.509 authorities of one subject in one bundle: a search tries each of them."""
+MAX_NAME_CONSTRAINTS = 64
+"""Subtrees in one authority: each name below it is compared with each of them."""
 MAX_KEY_ID_CHARACTERS = 255
 
 
@@ -41,7 +46,8 @@ class TrustBundle:
 
     Without any authority, all SVIDs of the trust domain are refused (section 4.1.3).
     Raises IdentityError where an X.509 authority is not a certificate that may sign
-    (`read_authority`), a key is below the floor (`check_key`) or a key ID is unusable.
+    (`read_authority`), over 8 have one subject, a key is below the floor
+    (`check_key`) or a key ID is unusable.
     """
 
     trust_domain: str
@@ -64,8 +70,13 @@ class TrustBundle:
                     f"{where}: {len(authorities)} authorities of one kind, "
                     f"at most {MAX_AUTHORITIES}"
                 )
-        for at, der in enumerate(unique):
-            read_authority(der, f"{where}: X.509 authority {at}")
+        check_subjects(
+            (
+                read_authority(der, f"{where}: X.509 authority {at}")
+                for at, der in enumerate(unique)
+            ),
+            where,
+        )
         for key_id, key in self.jwt_authorities.items():
             check_key(key, f"{where}: JWT authority {key_id!r:.80}")
             if not 0 < len(key_id) <= MAX_KEY_ID_CHARACTERS:
@@ -176,8 +187,8 @@ def newer(held: TrustBundle, fetched: TrustBundle) -> TrustBundle:
 def read_authority(der: bytes, what: str) -> x509.Certificate:
     """Return the signing certificate in `der` (X509-SVID 3.2, 4.1 and 4.3).
 
-    It is a CA, may sign certificates, and names at most a trust domain: never a
-    workload. Raises IdentityError that begins with `what`.
+    It is a CA, may sign certificates, has 64 name constraints at most, and names at
+    most a trust domain: never a workload. Raises IdentityError that begins with `what`.
     """
     try:
         certificate = x509.load_der_x509_certificate(der)
@@ -198,8 +209,31 @@ def read_authority(der: bytes, what: str) -> x509.Certificate:
     )
     if uris:  # it is an SVID itself
         _check_authority_svid(uris, what, critical=usage.critical)
+    limits = extensions.get(x509.NameConstraints.oid)
+    if limits is not None:
+        _check_name_constraints(limits.value, what)
     check_key(key, what)
     return certificate
+
+
+def check_subjects(authorities: Iterable[x509.Certificate], what: str) -> None:
+    """Raise IdentityError, beginning with `what`, where over 8 have one subject."""
+    try:
+        counts = Counter(authority.subject for authority in authorities)
+    except IdentityError:
+        raise
+    except Exception as error:
+        raise IdentityError(f"{what}: malformed subject: {error!r:.200}") from error
+    if max(counts.values(), default=0) > MAX_ONE_SUBJECT:
+        raise IdentityError(
+            f"{what}: over {MAX_ONE_SUBJECT} authorities of one subject"
+        )
+
+
+def _check_name_constraints(limits: x509.NameConstraints, what: str) -> None:
+    count = len(limits.permitted_subtrees or ()) + len(limits.excluded_subtrees or ())
+    if count > MAX_NAME_CONSTRAINTS:
+        raise IdentityError(f"{what}: over {MAX_NAME_CONSTRAINTS} name constraints")
 
 
 def _check_authority_svid(uris: Sequence[str], what: str, *, critical: bool) -> None:

@@ -75,6 +75,8 @@ class BundleEndpoint:
         self._path = path.encode()
         self._context: _Context | None = None
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._visits: dict[socket.socket, socket.socket] = {}
+        """Those that are here, the oldest first, each with a twin of its socket."""
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
         self._problem = ""
@@ -112,15 +114,35 @@ class BundleEndpoint:
         while not self._closed.is_set():
             try:
                 connection, _ = listener.accept()
+                twin = connection.dup()  # `ssl` takes the first away
             except OSError:
                 self._closed.wait(0.05)  # out of descriptors, perhaps; it may pass
                 continue
-            if not self._free.acquire(blocking=False):
-                connection.close()  # one visitor too many; others poll again later
+            if not self._has_room():
+                connection.close()
+                twin.close()
                 continue
-            threading.Thread(
-                target=self._receive, args=(connection,), daemon=True
-            ).start()
+            self._visits[connection] = twin
+            try:
+                threading.Thread(
+                    target=self._receive, args=(connection,), daemon=True
+                ).start()
+            except RuntimeError:  # no thread now; it may pass
+                connection.close()
+                self._leave(connection)
+
+    def _has_room(self) -> bool:
+        """Take a place; where none is free, end the visit that has lasted longest."""
+        if self._free.acquire(blocking=False):
+            return True
+        for oldest in list(self._visits.values())[:1]:
+            with contextlib.suppress(OSError):  # it has just ended
+                oldest.shutdown(socket.SHUT_RDWR)
+        return self._free.acquire(timeout=0.2)
+
+    def _leave(self, connection: socket.socket) -> None:
+        self._visits.pop(connection).close()
+        self._free.release()
 
     def _receive(self, connection: socket.socket) -> None:
         try:
@@ -131,7 +153,7 @@ class BundleEndpoint:
         except IdentityError as error:
             self._note(str(error))
         finally:
-            self._free.release()
+            self._leave(connection)
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:  # anybody can make us say it again

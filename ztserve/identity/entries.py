@@ -51,8 +51,16 @@ class Entry:
 
         `uid` is whose processes it is for if it names none.
         """
+        return self.selectors <= holding and self._is_for(process, uid)
+
+    def may_apply(self, process: Process, holding: frozenset[str], uid: int) -> bool:
+        """Return whether it applies to `process` if all its ``ray:`` selectors hold."""
+        others = {one for one in self.selectors if not one.startswith("ray:")}
+        return others <= holding and self._is_for(process, uid)
+
+    def _is_for(self, process: Process, uid: int) -> bool:
         names_uid = any(kind(selector) == "unix:uid" for selector in self.selectors)
-        return self.selectors <= holding and (names_uid or process.uid == uid)
+        return names_uid or process.uid == uid
 
 
 def applicable(
@@ -64,7 +72,13 @@ def applicable(
     """
     entries = tuple(entries)
     kinds = {kind(selector) for entry in entries for selector in entry.selectors}
-    holding = selectors.of(process, kinds)
+    ray = {name for name in kinds if name.startswith("ray:")}
+    holding = selectors.of(process, kinds - ray)
+    # Ray may be away: that must not hide that no entry can apply.
+    entries = tuple(e for e in entries if e.may_apply(process, holding, uid))
+    ray = {kind(one) for e in entries for one in e.selectors} & ray
+    if ray:
+        holding |= selectors.of(process, ray)
     grants: dict[SpiffeId, Grant] = {}
     for entry in entries:
         if entry.applies(process, holding, uid):

@@ -83,12 +83,21 @@ class EntryFile:
     def _take(self) -> None:
         try:
             self._entries = self._read()
-        except ConfigError as error:
-            _LOG.error("%s; the entries before stay in force", error)
-            self._told("entries-refused", str(error))
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, the next edit, perhaps a withdrawal, is still to come.
+            known = isinstance(error, ConfigError)
+            why = str(error) if known else f"{self._path}: {error!r:.200}"
+            _LOG.error("%s; the entries before stay in force", why)
+            self._tell("entries-refused", why)
             return
         self._changed.notify()
-        self._told("entries-loaded", f"{self._path}: {len(self._entries)} entries")
+        self._tell("entries-loaded", f"{self._path}: {len(self._entries)} entries")
+
+    def _tell(self, kind: str, what: str) -> None:
+        try:
+            self._told(kind, what)
+        except Exception:  # noqa: BLE001
+            _LOG.exception("%s could not be told", kind)
 
     def _look(self) -> _Stamp:
         try:
@@ -111,5 +120,5 @@ class EntryFile:
             raise ConfigError(f"registration entries: {error}") from error
         try:
             return parse_entries(data, self._trust_domain)
-        except ConfigError as error:
+        except (ConfigError, ValueError) as error:  # of an integer too long to show
             raise ConfigError(f"{self._path}: {error}") from error

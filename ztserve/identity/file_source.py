@@ -1,5 +1,6 @@
 """A live identity from files that somebody else writes and renews."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -18,6 +19,8 @@ from ztserve.identity.svid_files import (
     read_files,
     read_folder,
 )
+
+_LOG = logging.getLogger(__name__)
 
 _GONE_LOOKS = 2
 """For how many looks in a row files must be missing to be withdrawn."""
@@ -48,6 +51,7 @@ class _DiskSource(LiveSource):
         self._interval_s = interval_s
         self._next_look = 0.0
         self._believed = b""
+        self._left_out: tuple[str, ...] = ()
         self._missed = 0
         deadline = time.monotonic() + timeout_s
         self._look()
@@ -76,6 +80,10 @@ class _DiskSource(LiveSource):
 
     def _take(self) -> None:
         contents = self._read()
+        for problem in contents.left_out:
+            if problem not in self._left_out:  # once for each cause
+                _LOG.error("%s; no SVID of that trust domain is believed", problem)
+        self._left_out = contents.left_out
         digest = contents.digest()
         if digest == self._believed:
             return
@@ -92,9 +100,10 @@ class FileSource(_DiskSource):
 
     `certificate` holds the chain, leaf first; `key` its PKCS#8 key, not encrypted;
     `bundle` the roots of `trust_domain`, of which the SVID must be; `federated` names
-    the bundle files of other trust domains, and one that is gone is no longer trusted.
-    Files, the directories above them and the links of a Kubernetes volume must be ours
-    or root's and not writable by others; the key not readable by others.
+    the bundle files of other trust domains; one that is gone or not in order
+    is logged, and its trust domain no longer trusted. Files, the directories above
+    them and the links of a Kubernetes volume must be ours or root's and not writable by
+    others; the key not readable by others.
 
     The constructor waits up to `timeout_s` for files that are not there or do not hold,
     and raises IdentityError after that. They are read anew every `interval_s`.
@@ -152,7 +161,7 @@ class FolderSource(_DiskSource):
     ) -> None:
         super().__init__(
             f"the SPIFFE credential folder {folder}",
-            partial(read_folder, folder),
+            partial(read_folder, folder, own=trust_domain),
             trust_domain=trust_domain,
             timeout_s=timeout_s,
             interval_s=interval_s,

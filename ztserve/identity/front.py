@@ -149,7 +149,7 @@ class Front:
                 await handler(process, reader, writer)
         except IdentityError as error:
             _LOG.warning("connection refused: %s", error)
-            self._refused(process, "connection", error)
+            await asyncio.to_thread(self._refused, process, "connection", error)
         except (OSError, TimeoutError) as error:
             _LOG.debug("connection ended: %s", error)
         finally:
@@ -177,18 +177,19 @@ class Front:
     ) -> None:
         name = f"ztserve-{secrets.token_hex(16)}"
         address = f"unix-abstract:{name}"
-        connection = socket.socket(socket.AF_UNIX)
-        try:
+        with contextlib.ExitStack() as last:
+            connection = last.enter_context(socket.socket(socket.AF_UNIX))
             connection.setblocking(False)  # noqa: FBT003
             connection.bind(f"\0{name}")
+            # `_pump` closes its end some turns before this ends, and whoever took the
+            # name then would be this process: it stays ours until it means nobody.
+            last.enter_context(connection.dup())
+            last.callback(self._callers.pop, address, None)
             self._callers[address] = process
             loop = asyncio.get_running_loop()
             await loop.sock_connect(connection, str(self._inner))
             from_grpc, to_grpc = await asyncio.open_unix_connection(sock=connection)
             await asyncio.gather(_pump(reader, to_grpc), _pump(from_grpc, writer))
-        finally:
-            self._callers.pop(address, None)  # before the address becomes free
-            connection.close()
 
     async def _admit(
         self,
@@ -204,7 +205,7 @@ class Front:
         except ZTServeError as error:
             answer = {"ok": False, "error": str(error)}
             _LOG.warning("admin request of process %d refused: %s", process.pid, error)
-            self._refused(process, "admin request", error)
+            await asyncio.to_thread(self._refused, process, "admin request", error)
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()

@@ -46,6 +46,8 @@ def read_guarded(path: Path, most: int, *, secret: bool) -> bytes:
         raise MissingFileError(f"{path}: {error.strerror}") from error
     except OSError as error:
         raise IdentityError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL, or what is no file name in our encoding
+        raise IdentityError(f"{str(path)!r:.200}: {error}") from error
     if len(text) > most:
         raise IdentityError(f"{path}: over {most} bytes")
     return bytes(text)

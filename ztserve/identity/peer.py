@@ -25,7 +25,7 @@ from cryptography.x509.verification import (
 
 from ztserve import types
 from ztserve.errors import IdentityError, Unauthenticated
-from ztserve.identity.bundle import read_authority
+from ztserve.identity.bundle import check_subjects, read_authority
 from ztserve.identity.jwk import check_key
 from ztserve.identity.spiffe_id import SpiffeId, trust_domain_name, workload_id
 from ztserve.types import Peer
@@ -284,6 +284,7 @@ def _policies(name: str, roots: Sequence[bytes]) -> _Policies:
         read_authority(der, f"{what}: root {position}")
         for position, der in enumerate(roots)
     ]
+    check_subjects(authorities, what)
     builder = PolicyBuilder().store(Store(authorities))
     return (
         builder.extension_policies(ca_policy=_CA_POLICY, ee_policy=_LEAF_POLICY),

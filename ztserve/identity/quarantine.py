@@ -27,6 +27,8 @@ _LOG = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 """How often the file is looked at."""
+STALE_S = 2.0
+"""A list that was not looked at for so long is no list: its disk stalls, perhaps."""
 _SETTLED_NS = 1_000_000_000
 
 Operation: TypeAlias = Callable[[Process, Mapping[str, object]], dict[str, object]]
@@ -36,7 +38,7 @@ Operation: TypeAlias = Callable[[Process, Mapping[str, object]], dict[str, objec
 class Quarantine:
     """The list in the file at `path`, always current; close it, or use it in a `with`.
 
-    A file that is not there is an empty list, until there has been one. A file that
+    A file that is not there is an empty list if there has never been one. A file that
     cannot be read, is not as `quarantine_file` says, or has vanished is no list:
     everybody is refused until it is mended. The constructor raises IdentityError for
     such a file. A change is noticed within 0.25 s, by a thread that looks every 0.1 s;
@@ -51,6 +53,7 @@ class Quarantine:
         self._closed = threading.Event()
         self._held: dict[str | int, Entry] | None = {}
         self._problem = ""
+        self._looked = 0.0
         self._look()
         if self._held is None:
             raise IdentityError(self._problem)
@@ -70,7 +73,7 @@ class Quarantine:
         Raises Unavailable where there is no usable list to judge by.
         """
         held = self._held
-        if held is None:
+        if held is None or time.monotonic() - self._looked > STALE_S:
             raise self._unusable()
         if held and (peer.id in held or peer.serial in held):
             entry = held.get(peer.id) or held[peer.serial]
@@ -82,7 +85,7 @@ class Quarantine:
         By its ID alone: gRPC does not show a client the server's certificate.
         """
         held = self._held
-        if held is None:
+        if held is None or time.monotonic() - self._looked > STALE_S:
             raise self._unusable()
         if spiffe_id in held:
             reason = _told(spiffe_id, held[spiffe_id])
@@ -125,6 +128,7 @@ class Quarantine:
         if mark is None or mark != self._mark:
             self._read()
         self._mark = mark
+        self._looked = time.monotonic()
 
     def _marked(self) -> object:
         """Return what changes whenever the file does; None: look into it in any case.
@@ -164,7 +168,8 @@ class Quarantine:
         self._subscribers.notify()
 
     def _unusable(self) -> Unavailable:
-        return Unavailable("this service cannot judge who may call now", self._problem)
+        problem = self._problem or f"{self.path} was not read for over {STALE_S:g} s"
+        return Unavailable("this service cannot judge who may call now", problem)
 
 
 def quarantine_operations(path: Path, on_event: OnEvent) -> Mapping[str, Operation]:

@@ -134,17 +134,28 @@ def _check_time(text: str) -> None:
 
 
 def read(path: Path) -> tuple[Entry, ...] | None:
-    """Return the entries of the file at `path`; None: there is no file.
+    """Return the entries of the file at `path`; None: there has never been one.
 
-    Raises IdentityError, which names the file, for one that is not as it should be.
+    Raises IdentityError, which names the file, for one that is gone or not as it should
+    be.
     """
     try:
         raw = _bytes(path)
+        if raw is None and _begun(path).exists():
+            raise IdentityError(
+                "is gone, and with it who was shut out; put it back, or, to let all in "
+                f"again, remove {_begun(path)} too"
+            )
         return None if raw is None else parse(raw)
     except OSError as error:
         raise IdentityError(f"{path}: {error.strerror}") from error
     except IdentityError as error:
         raise IdentityError(f"{path}: {error}") from error
+
+
+def _begun(path: Path) -> Path:
+    """Return the file that says that there has been a list."""
+    return path.with_name(f"{path.name}.begun")
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -193,6 +204,7 @@ def add(path: Path, text: str, *, reason: str, by: str, on_event: OnEvent) -> En
     def changed(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         if any(one.subject == new.subject for one in entries):
             raise IdentityError(f"{new.subject} is in quarantine already")
+        _document(path, (*entries, new))  # what does not fit is not told either
         on_event("quarantine-add", asdict(new))
         return (*entries, new)
 
@@ -231,13 +243,14 @@ def _edit(
                     f"{path.parent} belongs to uid {found.st_uid}, who could not read "
                     f"what uid {os.geteuid()} writes there: run this as that user"
                 )
-            _replace(path, changed(read(path) or ()), folder)
+            entries = changed(read(path) or ())
+            _begun(path).touch(mode=0o600)
+            _replace(path, entries, folder)
     except OSError as error:
         raise IdentityError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _replace(path: Path, entries: tuple[Entry, ...], folder: int) -> None:
-    """Write the file anew beside the old one, sync it, and put it in its place."""
+def _document(path: Path, entries: tuple[Entry, ...]) -> bytes:
     document = {"version": 1, "entries": [asdict(entry) for entry in entries]}
     raw = json.dumps(document, indent=1).encode() + b"\n"
     if len(raw) > MAX_FILE_BYTES or len(entries) > MAX_ENTRIES:
@@ -245,6 +258,12 @@ def _replace(path: Path, entries: tuple[Entry, ...], folder: int) -> None:
             f"{path}: full ({MAX_ENTRIES} entries, {MAX_FILE_BYTES} bytes): remove "
             "serials of SVIDs that have expired"
         )
+    return raw
+
+
+def _replace(path: Path, entries: tuple[Entry, ...], folder: int) -> None:
+    """Write the file anew beside the old one, sync it, and put it in its place."""
+    raw = _document(path, entries)
     descriptor, new = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -261,12 +280,15 @@ def _replace(path: Path, entries: tuple[Entry, ...], folder: int) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
     """Hold the folder's lock, so that no edit undoes another; give its descriptor."""
+    # A private file: the folder itself could be locked by all who may read it.
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(folder / ".quarantine.lock", flags, 0o600)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     until = time.monotonic() + LOCK_S
     try:
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
@@ -277,3 +299,4 @@ def _locked(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+        os.close(lock)

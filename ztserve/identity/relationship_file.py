@@ -36,7 +36,8 @@ class RelationshipFile:
 
     Raises ConfigError where the file cannot be read, can be changed by others, or holds
     what is not understood. A later edit like that, and the file's removal, is told to
-    `on_event` (``relationships-refused``) and logged; what was before stays in force.
+    `on_event` (``relationships-refused``) and logged; what was before stays in force,
+    and the edit is tried again as long as it is the newest.
     """
 
     def __init__(
@@ -63,20 +64,25 @@ class RelationshipFile:
         self._closed.set()
 
     def _follow(self, federation: Federation) -> None:
-        seen, problem = self._raw, ""
+        seen, problem, refused = self._raw, "", False
         while not self._closed.wait(POLL_S):
             try:
                 now = _read(self._path)
-                if now == seen != self._raw:
-                    self._raw = now  # also where it is refused: it is told once
+                settled, seen = now == seen, now
+                # A refused edit is tried again: what it names may be there by now.
+                if settled and (refused or now != self._raw):
+                    self._raw, refused = now, True
                     self._take(federation)
-                seen, problem = now, ""
-            except (ConfigError, IdentityError) as error:
-                if str(error) != problem:
-                    _LOG.error("%s; the relationships before stay in force", error)
-                    facts = {"reason": str(error)}
-                    tell(self._on_event, "relationships-refused", facts)
-                problem = str(error)
+                    refused = False
+                if settled:
+                    problem = ""
+            except Exception as error:  # noqa: BLE001
+                # Whatever it is, the next edit, perhaps a withdrawal, is still to come.
+                why = _why(error, self._path)
+                if why != problem:  # once for each cause
+                    _LOG.error("%s; the relationships before stay in force", why)
+                    tell(self._on_event, "relationships-refused", {"reason": why})
+                problem = why
 
     def _take(self, federation: Federation) -> None:
         relationships = _parse(self._raw, self._path)
@@ -84,6 +90,12 @@ class RelationshipFile:
         self.relationships = relationships
         names = [one.trust_domain for one in relationships]
         tell(self._on_event, "relationships-loaded", {"trust_domains": names})
+
+
+def _why(error: Exception, path: Path) -> str:
+    if isinstance(error, ConfigError | IdentityError):
+        return str(error)
+    return f"{path}: {error!r:.200}"
 
 
 def _read(path: Path) -> bytes:
@@ -107,5 +119,5 @@ def _parse(raw: bytes, path: Path) -> tuple[Relationship, ...]:
         )
     try:
         return read_relationships(document["federation"], path.parent)
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:  # of an integer too long to be shown
         raise ConfigError(f"{path}: {error}") from error

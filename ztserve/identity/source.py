@@ -70,7 +70,7 @@ class LiveSource(abc.ABC):
         self, whence: str, problem: str, *, clock: Callable[[], datetime]
     ) -> None:
         self.whence = whence
-        self._problem = problem
+        self._problem, self._logged = problem, ""
         self._clock = clock
         self._identity: Identity | None = None
         self._id: SpiffeId | None = None
@@ -103,6 +103,7 @@ class LiveSource(abc.ABC):
             self._closed.set()
             self._problem = "this source is closed"
             self._identity = None
+        self._subscribers.notify()
         if self._keeper.is_alive() and self._keeper is not threading.current_thread():
             self._keeper.join(timeout=5)
 
@@ -125,7 +126,7 @@ class LiveSource(abc.ABC):
                     f"this process is {known} and is now called {identity.svid.id}: "
                     "it must be started anew to change its name"
                 )
-            self._id, self._problem = identity.svid.id, ""
+            self._id, self._problem, self._logged = identity.svid.id, "", ""
             if _same(identity, self._identity):
                 return
             self._identity = identity
@@ -145,9 +146,10 @@ class LiveSource(abc.ABC):
     def _note(self, problem: str) -> None:
         """Remember, and log once, what is wrong while the identity may still hold."""
         with self._lock:
-            if problem == self._problem or self._closed.is_set():
-                return
             self._problem = problem
+            if problem == self._logged or self._closed.is_set():
+                return
+            self._logged = problem
         _LOG.warning("%s: %s", self.whence, problem)
 
     def _left_s(self, identity: Identity) -> float:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from ztserve.errors import IdentityError, Unauthenticated
-from ztserve.identity.bundle import read_authority
+from ztserve.identity.bundle import check_subjects, read_authority
 from ztserve.identity.peer import (
     MAX_CERTIFICATES,
     MAX_CHAIN_BYTES,
@@ -202,8 +202,13 @@ def _bundles(own: str, material: Material) -> dict[str, tuple[bytes, ...]]:
 def _roots(trust_domain: str, blob: bytes) -> tuple[bytes, ...]:
     what = f"trust bundle of {trust_domain}"
     roots = _split(blob, what, bytes_=MAX_BUNDLE_BYTES, count=MAX_ROOTS)
-    for position, root in enumerate(roots):
-        read_authority(root, f"{what}: root {position}")
+    check_subjects(
+        (
+            read_authority(root, f"{what}: root {position}")
+            for position, root in enumerate(roots)
+        ),
+        what,
+    )
     return roots
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from cryptography import x509
 
 from ztserve.errors import IdentityError
-from ztserve.identity.guarded_files import MissingFileError, read_guarded
+from ztserve.identity.guarded_files import read_guarded
 from ztserve.identity.peer import MAX_CHAIN_BYTES
 from ztserve.identity.spiffe_id import SCHEME, trust_domain_name, workload_id
 from ztserve.identity.svid import (
@@ -45,6 +45,8 @@ class Contents:
     key: bytes = field(repr=False)
     bundles: Mapping[str, bytes] = field(repr=False)
     """Trust domain to concatenated DER roots, our own domain among them or not."""
+    left_out: tuple[str, ...] = ()
+    """Why foreign domains are not among them; no part of the digest."""
 
     def digest(self) -> bytes:
         """Return what tells these contents from all others, and no secret."""
@@ -62,41 +64,40 @@ def read_files(
 ) -> Contents:
     """Read a chain, a key and the bundle of each trust domain, each from its own file.
 
-    A foreign domain (other than `own`) whose file is gone is left out. Raises
-    IdentityError; MissingFileError where another file is not there.
+    A foreign domain (other than `own`) whose file is gone or not in order is left out.
+    Raises IdentityError; MissingFileError where another file is not there.
     """
-    found: dict[str, bytes] = {}
-    for name, path in bundles.items():
-        try:
-            found[name] = b"".join(_certificates(path, MAX_BUNDLE_BYTES))
-        except MissingFileError:
-            if name == own:
-                raise
+    found, left_out = _bundles(bundles, own)
     blocks = _blocks(_read(key, MAX_KEY_BYTES, secret=True), key)
     return Contents(
         chain=tuple(_certificates(certificate, MAX_CHAIN_BYTES)),
         key=_only_key(blocks, key),
         bundles=found,
+        left_out=left_out,
     )
 
 
-def read_folder(folder: Path) -> Contents:
+def read_folder(folder: Path, *, own: str) -> Contents:
     """Read a credential folder (SPIFFE Filesystem Delivery, section 2).
 
-    Raises IdentityError; MissingFileError where there are no credentials in it.
+    A foreign domain (other than `own`) whose file is not in order is left out. Raises
+    IdentityError; MissingFileError where there are no credentials in it.
     """
     path = folder / CREDENTIALS
     blocks = _blocks(_read(path, MAX_KEY_BYTES + MAX_CHAIN_BYTES, secret=True), path)
     names = _bundle_names(folder)
+    found, left_out = _bundles(
+        {
+            trust_domain_name(name.removesuffix(BUNDLE_ENDING)): folder / name
+            for name in names
+        },
+        own,
+    )
     return Contents(
         chain=tuple(_only_certificates(blocks[1:], path)),
         key=_only_key(blocks[:1], path),
-        bundles={
-            trust_domain_name(name.removesuffix(BUNDLE_ENDING)): b"".join(
-                _certificates(folder / name, MAX_BUNDLE_BYTES)
-            )
-            for name in names
-        },
+        bundles=found,
+        left_out=left_out,
     )
 
 
@@ -131,14 +132,26 @@ def _announced(leaf: bytes) -> str:
             x509.SubjectAlternativeName
         )
         uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
-    except (
-        ValueError,
-        x509.DuplicateExtension,
-        x509.ExtensionNotFound,
-        x509.UnsupportedGeneralNameType,
-    ) as error:
+    except Exception as error:
+        # Parsers raise many kinds of error on hostile bytes; each means the same.
         raise IdentityError(f"the certificate on disk is no SVID: {error}") from error
     return uris[0] if uris else ""
+
+
+def _bundles(
+    paths: Mapping[str, Path], own: str
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    found: dict[str, bytes] = {}
+    left_out: list[str] = []
+    for name, path in paths.items():
+        try:
+            found[name] = b"".join(_certificates(path, MAX_BUNDLE_BYTES))
+        except IdentityError as error:
+            if name == own:
+                raise
+            # A partner's mistake takes its own trust domain away, and nobody else's.
+            left_out.append(f"trust bundle of {name}: {error}")
+    return found, tuple(left_out)
 
 
 def _bundle_names(folder: Path) -> list[str]:

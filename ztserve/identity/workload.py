@@ -258,15 +258,15 @@ class WorkloadSource(LiveSource):
         hint = "" if self._hint is None else f" with the hint {self._hint!r}"
         given = ", ".join(one.spiffe_id for one in response.svids)
         raise IdentityError(
-            f"the agent's answer holds no SVID of {wanted}{hint}, but of {given:.300}; "
-            "mend its registration entry"
+            f"the agent's answer holds no SVID of {wanted}{hint}, but of "
+            f"{given!r:.300}; mend its registration entry"
         )
 
     def _retry_after(self, error: grpc.RpcError) -> bool:
         """Note what went wrong; return whether it makes sense to ask again."""
         code, problem = error.code(), self._cancelled
         if code is not grpc.StatusCode.CANCELLED or not problem:  # not by our keeper
-            problem = f"{code.name}: {str(error.details())[:500]}"
+            problem = f"{code.name}: {str(error.details())!r:.500}"
         self._note(problem)
         if code is grpc.StatusCode.PERMISSION_DENIED:
             self._drop(problem)

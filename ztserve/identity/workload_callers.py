@@ -15,6 +15,8 @@ from ztserve.identity.registration import Grant, Registry
 
 _LOG = logging.getLogger(__name__)
 
+MAX_STREAMS_OF_ONE = 32
+
 Entitled: TypeAlias = tuple[Process, tuple[Grant, ...]]
 
 
@@ -34,7 +36,7 @@ class Callers:
         self._attested = attested
         self._registry = registry
         self._events = events
-        self._streams: set[threading.Event] = set()
+        self._streams: dict[threading.Event, Process] = {}
         self._lock = threading.Lock()
         self.issued = 0
         """SVIDs so far, of both kinds."""
@@ -55,8 +57,16 @@ class Callers:
         turn = threading.Event()
         if not context.add_callback(turn.set):
             return
+        process, _ = self.entitled(context)
         with self._lock:
-            self._streams.add(turn)
+            held = sum(one == process for one in self._streams.values())
+            if held < MAX_STREAMS_OF_ONE:
+                self._streams[turn] = process
+        if held >= MAX_STREAMS_OF_ONE:
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"process {process.pid} follows {held} streams, and may follow no more",
+            )
         try:
             while True:
                 turn.clear()  # before we look: what changes from now on comes again
@@ -67,7 +77,7 @@ class Callers:
                 turn.wait(min(grant.ttl_s or ttl_s for grant in grants) / 2)
         finally:
             with self._lock:
-                self._streams.discard(turn)
+                del self._streams[turn]
 
     def entitled(self, context: grpc.ServicerContext) -> Entitled:
         """Return the attested caller and its entitlements, or end the call.

@@ -14,6 +14,7 @@ import ray
 
 from ztserve import config, identity, transport
 from ztserve.config import Settings
+from ztserve.errors import ConfigError
 from ztserve.serving import ray_private
 from ztserve.serving.actor_table import ActorTable
 from ztserve.types import Call
@@ -136,7 +137,14 @@ class DirectoryActor:
             quarantine=config.open_quarantine(settings),
         )
         port = settings.directory.port
-        host, port = self._server.start(settings.directory.host, range(port, port + 1))
+        host = settings.directory.host
+        try:
+            host, port = self._server.start(host, range(port, port + 1))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{host}:{port} is taken, by another project's directory perhaps: "
+                "choose another [directory] port"
+            ) from error
         self._address = f"{host}:{port}"
 
     def address(self) -> str:

@@ -122,7 +122,8 @@ def _ask(answer: Any, who: str) -> Any:
     try:
         return ray.get(answer, timeout=START_S)
     except ray.exceptions.RayTaskError as error:
-        raise IdentityError(f"{who} could not start: {error.cause}") from error.cause
+        # Not chained: of a traceback in a traceback, Ray shows the inmost error first.
+        raise IdentityError(f"{who} could not start: {error.cause}") from None
     except ray.exceptions.RayError as error:
         raise IdentityError(f"{who} does not answer: {error}") from error
 

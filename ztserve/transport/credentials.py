@@ -70,6 +70,7 @@ class ServerCredentials:
         self._state: _State | None = state
         self._fresh: _Configuration | None = None
         self._unsubscribe = source.subscribe(self._refresh)
+        self._refresh()  # what changed since `current` was told to nobody
 
     def grpc(self) -> grpc.ServerCredentials:
         """Return credentials that follow the source: client certificate required."""

@@ -16,7 +16,7 @@ from tests.unit.cli.support import Doors
 from ztserve import ModelRef, TensorSpec, TextSpec, ZTDeployment, config
 from ztserve.cli import predict
 from ztserve.errors import InvalidInput
-from ztserve.identity import dns_name, is_dumpable
+from ztserve.identity import Agent, Authority, Rules, dns_name, is_dumpable
 
 CLI = "spiffe://dev.ztserve.internal/ns/dev/sa/cli"
 
@@ -49,6 +49,18 @@ def test_svid_write_gives_a_stock_client_what_it_needs(ztserve, project, agent):
 def test_svid_write_names_another_server(ztserve, project, agent):
     done = ztserve("svid", "write", "out", "--server", "ml-api/api-gateway")
     assert "spiffe://dev.ztserve.internal/ns/ml-api/sa/api-gateway\n" in done.out
+
+
+def test_svid_write_writes_no_key_of_another_identity(ztserve, project):
+    settings = config.load()
+    domain = settings.identity.trust_domain
+    directory = settings.directory_id
+    rules = Rules(trust_domain=domain, default_id=directory)
+    with Agent(Authority(domain), config.agent_directory(settings), rules):
+        done = ztserve("svid", "write", "out")
+    assert done.code == 2
+    assert f"given {directory} and not {CLI}: that key is not yours" in done.err
+    assert not (project / "out").exists()
 
 
 def test_a_key_that_lay_open_is_replaced_not_written_into(ztserve, project, agent):

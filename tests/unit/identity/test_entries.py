@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -412,3 +413,39 @@ def test_a_file_of_another_uid_names_nobody(path):
     os.chown(path, 12345, 12345)
     with pytest.raises(ConfigError, match="belongs to uid 12345"):
         opened(path)
+
+
+@pytest.mark.slow
+def test_no_edit_ends_the_follower(path, monkeypatch):
+    written(path, entry(A))
+    told = Told()
+    file = opened(path, told)
+    file.follow()
+    try:
+        written(path, entry(A, ttl_s="0x" + "F" * 4000))
+        until(lambda: len(told) == 1)
+        monkeypatch.setattr(file, "_read", Mock(side_effect=RuntimeError("odd")))
+        written(path, entry(A, ttl_s=900))
+        until(lambda: len(told) == 2)
+        assert [kind for kind, _ in told] == ["entries-refused"] * 2
+        assert "RuntimeError('odd')" in told[1][1]
+        assert granted(file) == [A]
+        monkeypatch.undo()
+        written(path, "entry = []")
+        until(lambda: granted(file) == [])
+    finally:
+        file.close()
+
+
+def test_ray_that_is_away_does_not_keep_an_entry_that_was_removed(path):
+    def away(_process):
+        raise CannotTell("Ray does not answer")
+
+    workers = entry(B, (GID, "unix:uid:12345", "ray:deployment:Digits"))
+    written(path, workers)  # and that of our process is gone
+    file = opened(path, further=away)
+    assert granted(file) == []
+    written(path, entry(A) + workers)
+    assert granted(opened(path, further=away)) == [A]
+    with pytest.raises(CannotTell):
+        granted(file, replace(myself(), uid=12345))

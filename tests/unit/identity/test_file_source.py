@@ -93,11 +93,12 @@ def test_a_replaced_pair_is_taken_and_told(files):
 @pytest.mark.slow
 def test_what_did_not_change_is_not_told(files):
     with files.open() as source:
-        source.subscribe(lambda: pytest.fail("nothing changed"))
+        unsubscribe = source.subscribe(lambda: pytest.fail("nothing changed"))
         before = source.current()
         write(files.certificate, files.certificate.read_bytes(), 0o644)
         time.sleep(0.6)
         assert source.current() is before
+        unsubscribe()
 
 
 @pytest.mark.slow
@@ -157,12 +158,13 @@ def test_files_that_are_gone_are_a_withdrawal(files):
 @pytest.mark.slow
 def test_a_file_that_is_missing_for_a_moment_is_none(files):
     with files.open(interval_s=0.5) as source:
-        source.subscribe(lambda: pytest.fail("it was there again in time"))
+        unsubscribe = source.subscribe(lambda: pytest.fail("it was missing too long"))
         moved = files.key.rename(files.folder / "aside")
         time.sleep(0.2)
         moved.rename(files.key)
         time.sleep(1.2)
         assert source.current().svid.id == ME
+        unsubscribe()
 
 
 @pytest.mark.slow
@@ -232,13 +234,81 @@ def test_an_svid_that_is_expired_is_refused(files):
     refused(files, "would be refused", clock=lambda: later)
 
 
-def test_a_federated_bundle_that_is_none_is_refused(files):
-    write(files.foreign, files.svid.key_pem())
-    refused(
-        files,
-        r"b\.pem: expected PEM blocks CERTIFICATE, found PRIVATE KEY",
-        federated={"b.example": files.foreign},
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "found nothing"),
+        (b"x", "expected a PEM block"),
+        (pem([b"0\0"]), "malformed certificate"),
+        (None, "No such file"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["files", "folder"])
+def test_a_partners_broken_bundle_takes_its_own_domain_away_and_nobody_elses(
+    files, caplog, layout, content, problem
+):
+    old = ThrowAwayAuthority("td.example")  # which we withdraw
+    own, foreign, opened = files.bundle, files.foreign, files.open
+    renew = files.renew
+    if layout == "folder":
+        if content is None:
+            pytest.skip("a file that is not in the folder is nothing to complain of")
+        path = files.folder / "credential-bundle.private-key.pem"
+        own = files.folder / "td.example.spiffe-trust-bundle.pem"
+        foreign = files.folder / "b.example.spiffe-trust-bundle.pem"
+
+        def renew():
+            svid = files.authority.issue(ME)
+            write(path, svid.key_pem() + svid.chain_pem())
+            return svid
+
+        def opened(**_):
+            return FolderSource(
+                files.folder, trust_domain="td.example", interval_s=0.05
+            )
+
+        renew()
+    write(own, pem((*old.bundle, *files.authority.bundle)), 0o644)
+    write(foreign, pem(FOREIGN.bundle), 0o644)
+    with opened(federated={"b.example": foreign}) as source:
+        assert set(source.current().bundles) == {"td.example", "b.example"}
+        if content is None:
+            foreign.unlink()
+        else:
+            write(foreign, content, 0o644)
+        until(lambda: set(source.current().bundles) == {"td.example"})
+        write(own, pem(files.authority.bundle), 0o644)
+        until(lambda: source.current().bundles == files.authority.bundles)
+        fresh = renew()
+        until(lambda: has_serial(source, fresh))
+        if content != pem([b"0\0"]):  # of the same contents it is told once
+            assert caplog.text.count(problem) == 1
+        assert problem in caplog.text
+        write(foreign, pem(FOREIGN.bundle), 0o644)
+        until(lambda: "b.example" in source.current().bundles)
+
+
+@pytest.mark.slow
+def test_our_own_bundle_that_is_broken_is_an_error_as_before(files, caplog):
+    with files.open() as source:
+        before = source.current()
+        write(files.bundle, b"", 0o644)
+        until(lambda: "bundle.pem: expected PEM blocks CERTIFICATE" in caplog.text)
+        assert source.current() is before
+
+
+@pytest.mark.slow
+def test_a_certificate_of_an_unknown_version_does_not_end_the_source(files, caplog):
+    with files.open() as source:
+        before, der = source.current(), files.svid.chain_der[0]
+        at = der.index(bytes.fromhex("a003020102")) + 4
+        bad = der[:at] + b"\x05" + der[at + 1 :]
+        write(files.certificate, pem([bad]), 0o644)
+        until(lambda: "the certificate on disk is no SVID: " in caplog.text)
+        assert source.current() is before
+        fresh = files.renew()
+        until(lambda: has_serial(source, fresh))
 
 
 # --- PEM ----------------------------------------------------------------------------

@@ -1,3 +1,6 @@
+import time
+from unittest.mock import Mock
+
 import pytest
 
 from tests.unit.identity.federated import (
@@ -117,3 +120,69 @@ def test_an_edit_takes_effect_within_a_second(path, tmp_path):
             write(path, "federation = []")
             assert until(lambda: not federation.bundles()) < 1
             file.close()
+
+
+def refused_reasons(events):
+    return [told[1]["reason"] for told in events if told[0] == "relationships-refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bad",
+    [
+        FILE.replace("c.example.json", "c\\u0000.json"),  # a NUL in a path
+        "[[federation]]\ntrust_domain = 0x" + "F" * 4000,
+    ],
+    ids=["nul", "integer"],
+)
+def test_no_edit_ends_the_follower(path, tmp_path, bad):
+    saved(tmp_path, throw_away("c.example").trust_bundle())
+    write(path, FILE)
+    events = []
+    file = RelationshipFile(path, on_event=lambda *told: events.append(told))
+    with federated(*file.relationships) as federation:
+        file.follow(federation)
+        write(path, bad)
+        until(lambda: events)
+        assert set(federation.bundles()) == {"c.example"}
+        write(path, "federation = []")
+        until(lambda: not federation.bundles())
+        assert len(refused_reasons(events)) == 1
+        file.close()
+
+
+@pytest.mark.slow
+def test_whatever_an_edit_raises_is_told_and_the_next_one_counts(path):
+    write(path, WEB)
+    events = []
+    file = RelationshipFile(path, on_event=lambda *told: events.append(told))
+    federation = Mock()
+    federation.set_relationships.side_effect = [RuntimeError("odd"), None]
+    file.follow(federation)
+    write(path, "federation = []")
+    until(lambda: len(events) == 2)
+    assert [name for name, _ in events] == [
+        "relationships-refused",
+        "relationships-loaded",
+    ]
+    assert "RuntimeError('odd')" in refused_reasons(events)[0]
+    file.close()
+
+
+@pytest.mark.slow
+def test_a_refused_edit_is_tried_again_and_told_once(path, tmp_path):
+    other = throw_away("c.example")
+    write(path, WEB)
+    events = []
+    file = RelationshipFile(path, on_event=lambda *told: events.append(told))
+    with federated(*file.relationships) as federation:
+        file.follow(federation)
+        write(path, FILE)  # whose bundle comes later
+        until(lambda: events)
+        time.sleep(0.7)
+        assert len(events) == 1
+        saved(tmp_path, other.trust_bundle())
+        until(lambda: set(federation.bundles()) == {"c.example"})
+        until(lambda: len(events) == 2)
+        assert events[1] == ("relationships-loaded", {"trust_domains": ["c.example"]})
+        file.close()

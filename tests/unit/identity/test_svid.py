@@ -181,3 +181,13 @@ def test_an_identitys_bundles_cannot_be_changed(svid, authority):
     assert "b.example" not in identity.bundles
     with pytest.raises(TypeError):
         identity.bundles["b.example"] = ()
+
+
+def test_a_partner_with_many_roots_of_one_subject_loses_its_own_domain(material):
+    root = ThrowAwayAuthority("b.example").bundle[0]
+    for count, names in ((8, {"td.example", "b.example"}), (9, {"td.example"})):
+        federated = {"spiffe://b.example": root * count}
+        sent = replace(material, federated=federated)
+        assert set(read_identity(sent, now=types.now()).bundles) == names
+    with pytest.raises(IdentityError, match="over 8 authorities of one subject"):
+        read_identity(replace(material, bundle=material.bundle * 9), now=types.now())

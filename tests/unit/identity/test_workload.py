@@ -2,6 +2,7 @@ import threading
 import time
 from datetime import timedelta
 from functools import partial
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -199,7 +200,7 @@ def test_w8_our_svid_is_dropped_within_a_second_of_its_withdrawal(hostile, sourc
     source.subscribe(told.set)
     hostile.withdraw()
     assert told.wait(1)
-    assert "PERMISSION_DENIED: as the test wants" in reason(source)
+    assert "PERMISSION_DENIED: 'as the test wants'" in reason(source)
     serial = hostile.grant().serial
     until(lambda: has_serial(source, serial))
 
@@ -296,7 +297,7 @@ def test_a_preferred_svid_that_is_not_there_leaves_the_first(authority, hostile)
 @pytest.mark.slow
 def test_an_own_svid_that_is_not_there_is_waited_for(authority, hostile):
     hostile.answer = hinted(authority, hostile, (OTHER, ""))
-    with pytest.raises(IdentityError, match=f"no SVID of {ME}, but of {OTHER}; mend"):
+    with pytest.raises(IdentityError, match=f"no SVID of {ME}, but of '{OTHER}'; mend"):
         WorkloadSource(hostile.socket, timeout_s=0.3, spiffe_id=SpiffeId(ME))
 
 
@@ -477,7 +478,7 @@ def test_w8_an_identity_is_dropped_when_the_agent_no_longer_grants_it(
         source.subscribe(dropped.set)
         scripted.send(grpc.StatusCode.PERMISSION_DENIED)
         assert dropped.wait(20)
-        with pytest.raises(IdentityError, match="PERMISSION_DENIED: as scripted"):
+        with pytest.raises(IdentityError, match="PERMISSION_DENIED: 'as scripted'"):
             source.current()
         scripted.send(response(authority.issue(ME), authority.bundle))
         until(lambda: source._identity is not None)
@@ -535,7 +536,7 @@ def test_a_first_answer_that_does_not_hold_is_no_identity(
 def test_w2_an_agent_that_does_not_understand_us_is_not_asked_again(scripted):
     scripted.send(grpc.StatusCode.INVALID_ARGUMENT)
     began = time.monotonic()
-    with pytest.raises(IdentityError, match="INVALID_ARGUMENT: as scripted"):
+    with pytest.raises(IdentityError, match="INVALID_ARGUMENT: 'as scripted'"):
         WorkloadSource(scripted.socket, timeout_s=30)
     assert time.monotonic() - began < 5
     assert scripted.calls == 1
@@ -621,3 +622,18 @@ def test_a_source_that_nobody_follows_any_more_has_no_identity(hostile):
         assert "it ended the stream" in reason(source) or "UNAVAILABLE" in reason(
             source
         )
+
+
+def test_what_the_agent_says_is_one_line_of_a_log(hostile, source):
+    forged = "x\n2026-01-01 00:00:00 INFO all is well" + "y" * 1000
+    error = Mock(code=lambda: grpc.StatusCode.UNAVAILABLE, details=lambda: forged)
+    assert source._retry_after(error)
+    assert "UNAVAILABLE: 'x\\n2026" in source._problem
+    one = hostile.response(hostile.grant()).svids[0]
+    one.spiffe_id = forged
+    source._id = SpiffeId(OTHER)
+    with pytest.raises(IdentityError, match="but of 'x") as caught:
+        source._chosen(X509SVIDResponse(svids=[one]))
+    for text in (source._problem, str(caught.value)):
+        assert "\n" not in text
+        assert len(text) < 600

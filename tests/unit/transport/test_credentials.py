@@ -112,3 +112,25 @@ def test_a_source_without_identity_makes_no_credentials(source) -> None:
 def test_a_closed_one_follows_no_more(credentials, source) -> None:
     credentials.close()
     assert source._callbacks == []
+
+
+def test_a_change_while_it_is_built_is_not_lost(authority: ThrowAwayAuthority) -> None:
+    first, second = (authority.source(CLI).current() for _ in range(2))
+
+    class Hasty:
+        """A source that changes just before anybody can listen."""
+
+        identity = first
+
+        def current(self):
+            return self.identity
+
+        def subscribe(self, _):
+            self.identity = second
+            return lambda: None
+
+    credentials = ServerCredentials(Hasty())
+    assert credentials._state is not None
+    assert credentials._state.not_after == second.svid.not_after.timestamp()
+    assert credentials._take_fresh() is not None
+    credentials.close()
