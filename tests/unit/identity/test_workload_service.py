@@ -28,6 +28,7 @@ from ztserve.identity import (
     WorkloadSource,
     sign_jwt_svid,
     verify_jwt_svid,
+    workload_callers,
 )
 from ztserve.identity import workload_api as wire
 from ztserve.identity.attestation import CannotTell
@@ -337,7 +338,8 @@ def test_a_stream_that_ended_is_forgotten(agent):
 
 
 @pytest.mark.slow
-def test_a_change_reaches_many_streams_within_a_second(private):
+def test_a_change_reaches_many_streams_within_a_second(private, monkeypatch):
+    monkeypatch.setattr(workload_callers, "MAX_STREAMS_OF_ONE", 64)
     authority = ThrowAwayAuthority("td.example")
     told = threading.Semaphore(0)
     with Agent(authority, private, RULES) as agent:
