@@ -26,7 +26,7 @@ from ztserve.identity import (
     PeerVerifier,
     SpiffeId,
     TrustBundle,
-    bundle,
+    authorities,
     peer,
     spiffe_id,
     svid,
@@ -182,7 +182,7 @@ def test_x9_a_workload_cannot_sign_another_workloads_certificate():
 def test_x9_an_intermediate_that_is_a_workload_vouches_for_nobody(monkeypatch):
     chain = A.intermediate("spiffe://a.example/ns/x/sa/signer").forge(A_ID).chain_der
     assert_refused(chain, match="not a trust domain")
-    monkeypatch.setattr(bundle, "_check_authority_svid", lambda *_, **__: None)
+    monkeypatch.setattr(authorities, "_check_authority_svid", lambda *_, **__: None)
     assert admitted(chain) == A_ID
 
 
@@ -209,7 +209,7 @@ def test_an_svid_out_of_its_time_is_refused_even_from_memory(late_s, monkeypatch
         verifier.verify(own.chain_der, now=moment)
     monkeypatch.setattr(peer, "_in_time", lambda known, _: known)
     assert verifier.verify(own.chain_der, now=moment).id == A_ID
-    monkeypatch.setattr(peer, "_moment", lambda _: own.not_after)
+    monkeypatch.setattr(peer, "as_datetime", lambda _: own.not_after)
     assert admitted(own.chain_der, now=moment) == A_ID
 
 
@@ -262,7 +262,7 @@ def test_name_constraints_cannot_make_the_search_long(monkeypatch):
     names = seeds.leaf_extensions(A_ID, *(["a"] * 1000))
     chain = [seeds.certificate("y", "between", *names), between]
     assert_refused(chain, match="over 64 name constraints", now=seeds.NOW)
-    monkeypatch.setattr(bundle, "MAX_NAME_CONSTRAINTS", 1500)
+    monkeypatch.setattr(authorities, "MAX_NAME_CONSTRAINTS", 1500)
     assert_refused(chain, match="at most 10000 comparisons", now=seeds.NOW)
     reason = unbounded(chain, monkeypatch)
     assert "Exceeded maximum name constraint check limit" in reason

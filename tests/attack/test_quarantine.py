@@ -44,6 +44,7 @@ from ztserve.identity import (
     Quarantine,
     Rules,
     admin,
+    quarantine_entry,
     quarantine_file,
     quarantine_operations,
     register,
@@ -351,7 +352,7 @@ def test_a_list_that_others_may_write_to_admits_nobody(
         ):
             path.chmod(0o666)
             child(path, EMPTY, program=OVERWRITE)
-            assert quarantine_file.parse(path.read_bytes()) == ()
+            assert quarantine_entry.parse(path.read_bytes()) == ()
             if control:
                 assert soon(lambda: not gets_in(honest))
                 assert not gets_in(thief)
@@ -364,7 +365,7 @@ def test_a_list_that_was_truncated_admits_nobody(
     authority, quarantine, path, monkeypatch, control
 ) -> None:
     if not control:
-        strict = quarantine_file.parse
+        strict = quarantine_entry.parse
 
         def lenient(raw):
             try:
@@ -509,4 +510,4 @@ def test_an_edit_in_place_would_lock_everybody_out_for_a_moment(path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole) - 1):
         with pytest.raises(ZTServeError):
-            quarantine_file.parse(whole[:length])
+            quarantine_entry.parse(whole[:length])

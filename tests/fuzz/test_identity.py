@@ -87,7 +87,7 @@ def believe_a_newline(text):
     ("module", "control", "without"),
     [
         (peer, "_check_leaf_usage", lambda who, extensions: None),
-        (peer, "_moment", lambda _: None),
+        (peer, "as_datetime", lambda _: None),
         (spiffe_id, "_check", believe_a_newline),
     ],
     ids=["a control is gone", "a mistake hidden by a refusal", "an ID too many"],

@@ -28,11 +28,12 @@ from ztserve.identity.admin import admin_path, workload_endpoint
 from ztserve.identity.attestation import Process, Rules
 from ztserve.identity.authority import DEFAULT_TTL_S, Authority
 from ztserve.identity.entry_file import EntryFile
-from ztserve.identity.events import Events, OnEvent
+from ztserve.identity.events import Events
 from ztserve.identity.front import Front
 from ztserve.identity.process import check_private
 from ztserve.identity.registration import Check, Registry
 from ztserve.identity.selectors import Further, Selectors
+from ztserve.identity.subscribers import OnEvent
 from ztserve.identity.workload_callers import Callers
 from ztserve.identity.workload_service import FederatedBundles, WorkloadService
 

@@ -6,15 +6,16 @@ from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ztserve.identity.jwk import PublicKey
 
 BACKDATED = timedelta(seconds=60)
 """How far validity reaches back, for clocks that differ a little."""
 
 Extensions: TypeAlias = Sequence[tuple[x509.ExtensionType, bool]]
 """Certificate extensions, each with whether it is critical."""
-PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 Validity: TypeAlias = tuple[datetime, datetime]
 
 

@@ -4,17 +4,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from ztserve.errors import ZTServeError
 from ztserve.identity.attestation import FalseClaim, Process
+from ztserve.identity.subscribers import OnEvent
 
 _LOG = logging.getLogger(__name__)
-
-OnEvent: TypeAlias = Callable[[str, Mapping[str, object]], object]
-"""Writes one event: its kind, and what happened. May raise: then it was not written."""
 
 WINDOW_S = 60.0
 EACH = 20

@@ -22,7 +22,7 @@ from ztserve.identity.jwk import (
     json_object,
 )
 from ztserve.identity.jws import ALGORITHMS, check_signature, default_algorithm, sign
-from ztserve.identity.peer import PUBLIC, Moment, _moment
+from ztserve.identity.peer import PUBLIC, Moment, as_datetime
 from ztserve.identity.spiffe_id import SpiffeId, workload_id
 from ztserve.identity.svid import PrivateKey
 
@@ -92,7 +92,7 @@ def sign_jwt_svid(
         raise IdentityError(f"JWT-SVID of {subject}: an audience is required")
     if not 1 <= ttl_s <= MAX_LIFETIME_S:
         raise IdentityError(f"ttl_s is {ttl_s:g}, expected 1 to {MAX_LIFETIME_S}")
-    at = _moment(now).timestamp()
+    at = as_datetime(now).timestamp()
     issued_at = math.floor(at)
     expires_at = min(math.ceil(at + ttl_s), issued_at + MAX_LIFETIME_S)
     name = algorithm or default_algorithm(key)
@@ -151,7 +151,7 @@ def verify_jwt_svid(
     """
     if not audience:
         raise ValueError("audience: expected the name by which we are addressed")
-    at = _moment(now).timestamp()
+    at = as_datetime(now).timestamp()
     try:
         return _verify(token, bundles, audience, at)
     except (IdentityError, ValueError, RecursionError) as error:

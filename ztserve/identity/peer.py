@@ -25,7 +25,8 @@ from cryptography.x509.verification import (
 
 from ztserve import types
 from ztserve.errors import IdentityError, Unauthenticated
-from ztserve.identity.bundle import check_subjects, read_authority
+from ztserve.identity.authorities import check_subjects, read_authority
+from ztserve.identity.bundle import MAX_AUTHORITIES
 from ztserve.identity.jwk import check_key
 from ztserve.identity.spiffe_id import SpiffeId, trust_domain_name, workload_id
 from ztserve.types import Peer
@@ -35,7 +36,6 @@ Moment: TypeAlias = datetime | float
 
 MAX_CERTIFICATES = 8
 MAX_CHAIN_BYTES = 32 * 1024
-MAX_ROOTS = 64
 MAX_NAME_CHECKS = 10_000
 """Names in a chain times the name constraints on them (RFC 5280, 4.2.1.10)."""
 PUBLIC = "the peer's identity could not be verified"
@@ -92,7 +92,7 @@ def verify_peer(
         roots = bundles.get(trust_domain)
         return _policies(trust_domain, roots) if roots else None
 
-    moment = _moment(now)
+    moment = as_datetime(now)
     return _in_time(_verify(chain_der, read, moment), moment)
 
 
@@ -121,7 +121,7 @@ class PeerVerifier:
 
         Raises Unauthenticated as `verify_peer` does.
         """
-        moment = types.now() if now is None else _moment(now)
+        moment = types.now() if now is None else as_datetime(now)
         chain = tuple(chain_der)
         with self._lock:
             peer = self._known.get(chain)
@@ -148,7 +148,8 @@ def _require(fact: object, who: str, reason: str) -> None:
         raise _refused(f"{who}: {reason}")
 
 
-def _moment(moment: Moment) -> datetime:
+def as_datetime(moment: Moment) -> datetime:
+    """Return `moment` as an aware datetime. ValueError for a naive one."""
     if not isinstance(moment, datetime):
         return datetime.fromtimestamp(moment, UTC)
     if moment.tzinfo is None:
@@ -278,8 +279,8 @@ def _check_search(
 
 def _policies(name: str, roots: Sequence[bytes]) -> _Policies:
     what = f"trust bundle of {name}"
-    if len(roots) > MAX_ROOTS:
-        raise IdentityError(f"{what}: {len(roots)} roots, at most {MAX_ROOTS}")
+    if len(roots) > MAX_AUTHORITIES:
+        raise IdentityError(f"{what}: {len(roots)} roots, at most {MAX_AUTHORITIES}")
     authorities = [
         read_authority(der, f"{what}: root {position}")
         for position, der in enumerate(roots)

@@ -17,10 +17,9 @@ from typing import Self, TypeAlias
 from ztserve.errors import IdentityError, Unauthenticated, Unavailable
 from ztserve.identity import quarantine_file as file
 from ztserve.identity.attestation import Process
-from ztserve.identity.events import OnEvent
 from ztserve.identity.peer import PUBLIC
-from ztserve.identity.quarantine_file import Entry
-from ztserve.identity.subscribers import Subscribers
+from ztserve.identity.quarantine_entry import Entry
+from ztserve.identity.subscribers import OnEvent, Subscribers
 from ztserve.types import Peer
 
 _LOG = logging.getLogger(__name__)

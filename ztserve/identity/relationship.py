@@ -12,10 +12,9 @@ from typing import Literal, TypeAlias, get_args
 from urllib.parse import SplitResult, urlsplit
 
 from ztserve.errors import ConfigError, IdentityError
-from ztserve.identity.bundle import MAX_JWKS_BYTES, TrustBundle
+from ztserve.identity.bundle import MAX_JWKS_BYTES, MAX_TRUST_DOMAINS, TrustBundle
 from ztserve.identity.guarded_files import read_guarded
 from ztserve.identity.spiffe_id import SpiffeId, trust_domain_name, workload_id
-from ztserve.identity.svid import MAX_TRUST_DOMAINS
 
 Profile: TypeAlias = Literal["https_web", "https_spiffe", "file"]
 PROFILES: tuple[str, ...] = get_args(Profile)

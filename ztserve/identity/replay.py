@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from ztserve.errors import Overloaded, Unauthenticated
 from ztserve.identity.jwt_svid import MAX_LIFETIME_S, JwtSvid
-from ztserve.identity.peer import PUBLIC, Moment, _moment
+from ztserve.identity.peer import PUBLIC, Moment, as_datetime
 
 
 class ReplayWindow:
@@ -36,7 +36,7 @@ class ReplayWindow:
         expires_at = svid.expires_at.timestamp()
         with self._lock:
             # A clock set back must not revive what was forgotten because it expired.
-            self._latest = at = max(self._latest, _moment(now).timestamp())
+            self._latest = at = max(self._latest, as_datetime(now).timestamp())
             while self._by_expiry and self._by_expiry[0][0] <= at:
                 self._used.discard(heapq.heappop(self._by_expiry)[1])
             if not at < expires_at <= at + self._seconds:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 _LOG = logging.getLogger(__name__)
 
 OnEvent: TypeAlias = Callable[[str, Mapping[str, object]], object]
-"""Is told the name of an event and its facts."""
+"""Is told the name of an event and its facts; raising says that it was not taken."""
 
 
 class Subscribers:

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from ztserve.errors import IdentityError, Unauthenticated
-from ztserve.identity.bundle import check_subjects, read_authority
+from ztserve.identity.authorities import check_subjects, read_authority
+from ztserve.identity.bundle import MAX_AUTHORITIES, MAX_TRUST_DOMAINS
 from ztserve.identity.peer import (
     MAX_CERTIFICATES,
     MAX_CHAIN_BYTES,
-    MAX_ROOTS,
     Moment,
     verify_peer,
 )
@@ -32,7 +32,6 @@ PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 MAX_KEY_BYTES = 16 * 1024
 MAX_BUNDLE_BYTES = 256 * 1024
-MAX_TRUST_DOMAINS = 64
 _PKCS8 = re.compile(rb"\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01[\x00\x01]\x30", re.S)
 """A private key's version and then its algorithm (RFC 5958, section 2)."""
 
@@ -201,7 +200,7 @@ def _bundles(own: str, material: Material) -> dict[str, tuple[bytes, ...]]:
 
 def _roots(trust_domain: str, blob: bytes) -> tuple[bytes, ...]:
     what = f"trust bundle of {trust_domain}"
-    roots = _split(blob, what, bytes_=MAX_BUNDLE_BYTES, count=MAX_ROOTS)
+    roots = _split(blob, what, bytes_=MAX_BUNDLE_BYTES, count=MAX_AUTHORITIES)
     check_subjects(
         (
             read_authority(root, f"{what}: root {position}")

@@ -17,13 +17,13 @@ from pathlib import Path
 from cryptography import x509
 
 from ztserve.errors import IdentityError
+from ztserve.identity.bundle import MAX_TRUST_DOMAINS
 from ztserve.identity.guarded_files import read_guarded
 from ztserve.identity.peer import MAX_CHAIN_BYTES
 from ztserve.identity.spiffe_id import SCHEME, trust_domain_name, workload_id
 from ztserve.identity.svid import (
     MAX_BUNDLE_BYTES,
     MAX_KEY_BYTES,
-    MAX_TRUST_DOMAINS,
     Material,
 )
 

@@ -201,7 +201,7 @@ def test_nothing_starts_with_a_list_that_cannot_be_read(
     ztserve, project, embedded, listed
 ):
     listed.write_text("nonsense")
-    sentence = f"the quarantine list cannot be used: {listed}: is not JSON"
+    sentence = f"the quarantine list cannot be used: {listed}: the list: not JSON"
     with (
         Doors(project, embedded._authority) as doors,
         pytest.raises(IdentityError, match=sentence),
@@ -210,7 +210,7 @@ def test_nothing_starts_with_a_list_that_cannot_be_read(
     for words in (("predict", "double", "--example"), ADD):
         done = ztserve(*words)
         assert done.code == 2
-        assert f"{listed}: is not JSON" in done.err
+        assert f"{listed}: the list: not JSON" in done.err
 
 
 def test_with_svids_on_disk_an_admin_writes_the_file(

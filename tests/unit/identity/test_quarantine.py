@@ -15,6 +15,7 @@ from ztserve.identity import (
     Quarantine,
     Rules,
     admin,
+    quarantine_entry,
     quarantine_file,
     quarantine_operations,
 )
@@ -254,13 +255,13 @@ def test_a_reason_is_one_short_printable_line(path, reason):
 
 
 def test_the_list_is_bounded(path, monkeypatch):
-    monkeypatch.setattr(quarantine_file, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(quarantine_entry, "MAX_ENTRIES", 2)
     add(path, "1")
     add(path, "2")
     with pytest.raises(IdentityError, match=r"full \(2 entries"):
         add(path, "3")
     assert len(quarantine_file.read(path)) == 2
-    monkeypatch.setattr(quarantine_file, "MAX_ENTRIES", 1)
+    monkeypatch.setattr(quarantine_entry, "MAX_ENTRIES", 1)
     with pytest.raises(IdentityError, match="2 entries, at most 1 are allowed"):
         quarantine_file.read(path)
     monkeypatch.setattr(quarantine_file, "MAX_FILE_BYTES", 100)
@@ -275,16 +276,16 @@ def listing(*entries):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "is not JSON"),
-        ("\udcff", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[]", "expected {.version"),
-        ("null", "expected {.version"),
+        ("", "the list: not JSON"),
+        ("\udcff", "the list: not JSON"),
+        ("[" * 100_000, "the list: not JSON"),
+        ("[]", "the list: expected a JSON object"),
+        ("null", "the list: expected a JSON object"),
         ("{}", "expected {.version"),
         ('{"version": 2, "entries": []}', "expected {.version"),
         ('{"version": 1, "entries": {}}', "expected {.version"),
         ('{"version": 1, "entries": [], "more": 1}', "expected {.version"),
-        ('{"version": 1, "entries": [], "entries": []}', "a name is given twice"),
+        ('{"version": 1, "entries": [], "entries": []}', "a name occurs twice"),
         (listing("x"), "entry 0: expected just subject, reason, added_at, by"),
         (listing(GOOD, {**GOOD, "x": ""}), "entry 1: expected just"),
         (listing({**GOOD, "by": 7}), "entry 0: expected texts only"),
@@ -309,8 +310,12 @@ def test_a_file_that_is_not_understood_is_refused_by_name(path, text, match):
 def hostile(path):
     """Ways to spoil a good file, and what is said of each."""
     other = path.parent / "other.json"
-    yield "truncated", lambda: path.write_text(path.read_text()[:-5]), "is not JSON"
-    yield "emptied", lambda: path.write_text(""), "is not JSON"
+    yield (
+        "truncated",
+        lambda: path.write_text(path.read_text()[:-5]),
+        "the list: not JSON",
+    )
+    yield "emptied", lambda: path.write_text(""), "the list: not JSON"
     yield "removed", path.unlink, "is gone, and with it who was shut out; put it back"
     yield (
         "a link",
