@@ -188,7 +188,7 @@ def test_a_list_that_cannot_be_read_refuses_everybody_and_says_so(
         "this service cannot judge who may call now",
         "Unavailable",
     )
-    assert f"{path}: is not JSON" in served.refusals[0].error.reason
+    assert f"{path}: the list: not JSON" in served.refusals[0].error.reason
 
 
 @pytest.mark.slow
