@@ -27,8 +27,8 @@ fmt: $(STAMP)
 # Generated code is committed; this makes it anew and fails if it differs.
 proto: $(STAMP)
 	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. \
-		proto/ztserve/transport/v1/*.proto
-	git diff --exit-code -- ztserve/transport/v1
+		proto/ztserve/*/v1/*.proto
+	git diff --exit-code -- ztserve/transport/v1 ztserve/identity/v1
 
 bench: $(STAMP)
 	$(PY) -m bench.request

@@ -42,16 +42,14 @@ from tests.unit.identity.federated import (
 )
 from ztserve import types
 from ztserve.errors import ConfigError, IdentityError, Unauthenticated
-from ztserve.identity import (
-    bundle_endpoint,
-    bundle_fetch,
-    federation,
-    relationship,
-    verify_peer,
-)
+from ztserve.identity import verify_peer
 from ztserve.identity.bundle import TrustBundle
-from ztserve.identity.federation import Federation
-from ztserve.identity.relationship import Relationship
+from ztserve.identity.federation import bundles as federation
+from ztserve.identity.federation import endpoint as bundle_endpoint
+from ztserve.identity.federation import fetch as bundle_fetch
+from ztserve.identity.federation import relationship as relationship
+from ztserve.identity.federation.bundles import Federation
+from ztserve.identity.federation.relationship import Relationship
 
 pytestmark = pytest.mark.slow
 

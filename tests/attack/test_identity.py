@@ -17,20 +17,14 @@ import pytest
 
 from ztserve import types
 from ztserve.errors import IdentityError
-from ztserve.identity import (
-    Agent,
-    Rules,
-    WorkloadSource,
-    admin,
-    attestation,
-    register,
-    workload_callers,
-)
+from ztserve.identity import Agent, Rules, WorkloadSource, admin, register
 from ztserve.identity import workload_api as wire
-from ztserve.identity.attestation import FalseClaim
-from ztserve.identity.front import Front
-from ztserve.identity.registration import Registry
-from ztserve.identity.workload_callers import Callers
+from ztserve.identity.agent import attestation as attestation
+from ztserve.identity.agent import callers as workload_callers
+from ztserve.identity.agent.attestation import FalseClaim
+from ztserve.identity.agent.callers import Callers
+from ztserve.identity.agent.front import Front
+from ztserve.identity.agent.registration import Registry
 from ztserve.testing import ThrowAwayAuthority
 
 ROOT = Path(__file__).parents[2]
@@ -403,13 +397,14 @@ def test_no_entry_makes_a_ray_worker_the_gateway(directory, monkeypatch):
             for one in (GATEWAY, REPLICA)
         )
     )
-    steps = (GATEWAY, "fetch")
+    steps = (GATEWAY, "fetch", REPLICA, "fetch")
     said = ask_as_worker(directory, *steps, entries=entries)
     assert f"a Ray worker, and none such may be {GATEWAY}" in said[0]
-    assert said[1] == f"GOT {REPLICA}"
+    assert "has registered no identity" in said[1]  # nor what nobody was asked about
+    assert said[2:] == [f"REGISTERED {REPLICA}", f"GOT {REPLICA}"]
     # The entry alone would have made it so:
     monkeypatch.setattr(Rules, "is_local", lambda self, spiffe_id: False)
-    said = ask_as_worker(directory, *steps, entries=entries)
+    said = ask_as_worker(directory, *steps[:2], entries=entries)
     assert said == [f"REGISTERED {GATEWAY}", f"GOT {GATEWAY}"]
 
 

@@ -21,15 +21,15 @@ from ztserve.identity import (
     TrustBundle,
     bundle,
     jwk,
-    jwt_svid,
     parse_bundle_map,
-    replay,
     sign_jwt_svid,
     verify_jwt_svid,
 )
 from ztserve.identity.bundle import newer
 from ztserve.identity.jwk import base64url_decode, base64url_encode, key_members
-from ztserve.identity.jws import sign
+from ztserve.identity.jwt import replay as replay
+from ztserve.identity.jwt import svid as jwt_svid
+from ztserve.identity.jwt.jws import sign
 from ztserve.testing import ThrowAwayAuthority
 
 NOW = 1_800_000_000.0

@@ -44,12 +44,12 @@ from ztserve.identity import (
     Quarantine,
     Rules,
     admin,
-    quarantine_entry,
-    quarantine_file,
     quarantine_operations,
     register,
 )
-from ztserve.identity import quarantine as quarantine_module
+from ztserve.identity.quarantine import check as quarantine_module
+from ztserve.identity.quarantine import entry as quarantine_entry
+from ztserve.identity.quarantine import file as quarantine_file
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client
 from ztserve.transport.visit import _Visit

@@ -16,7 +16,7 @@ from ztserve.audit import Log
 from ztserve.cli import show
 from ztserve.config import Settings
 from ztserve.errors import IdentityError
-from ztserve.identity import quarantine_file
+from ztserve.identity.quarantine import file as quarantine_file
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

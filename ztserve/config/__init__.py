@@ -11,6 +11,7 @@ from ztserve.config.file import found_file, load
 from ztserve.config.rooms import (
     agent_directory,
     follow_federation,
+    has_agent,
     limits,
     load_policies,
     obtain_identity,
@@ -32,6 +33,7 @@ __all__ = [
     "entries",
     "follow_federation",
     "found_file",
+    "has_agent",
     "limits",
     "load",
     "load_policies",

@@ -4,10 +4,11 @@ import ipaddress
 import re
 from dataclasses import replace
 
-from ztserve.config.settings import DEVELOPMENT_DOMAIN, Settings
+from ztserve.config.settings import DEVELOPMENT_DOMAIN, IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.identity import SpiffeId
 
+_SPIRES_OWN = ("entries", "federation", "bundle_port", "svid_files", "svid_folder")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
@@ -54,6 +55,11 @@ def _check_ids(settings: Settings) -> None:
             "[identity] svid_files: expected three paths (certificate, key, bundle), "
             "and no svid_folder beside them"
         )
+    if ours.spire_admin_socket and (beside := _set(ours, *_SPIRES_OWN)):
+        raise ConfigError(
+            f"[identity] {beside}: not beside spire_admin_socket: entries, bundles and "
+            "SVIDs are SPIRE's then; leave it out"
+        )
     for where, ids in (
         ("[authorization] delegates", settings.authorization.delegates),
         ("[identity] admins", settings.identity.admins),
@@ -63,6 +69,10 @@ def _check_ids(settings: Settings) -> None:
                 SpiffeId.parse(one)
             except IdentityError as error:
                 raise ConfigError(f"{where}: {error}") from error
+
+
+def _set(ours: IdentitySettings, *names: str) -> str:
+    return next((name for name in names if getattr(ours, name)), "")
 
 
 def _check_profile(settings: Settings) -> None:
@@ -113,6 +123,8 @@ def _located(settings: Settings) -> Settings:
             svid_files=tuple(base / path for path in ours.svid_files),
             svid_folder=ours.svid_folder and base / ours.svid_folder,
             quarantine=base / ours.quarantine,
+            spire_admin_socket=ours.spire_admin_socket
+            and base / ours.spire_admin_socket,
         ),
         artifacts=replace(
             artifacts,

@@ -42,11 +42,11 @@ def obtain_identity(
         )
     if settings.identity.svid_files or settings.identity.svid_folder:
         return _ours(_on_disk(settings.identity), spiffe_id)
-    if settings.profile == "production":
+    if not has_agent(settings):
         raise ConfigError(
             "profile production needs the node's SPIFFE agent: set "
             "SPIFFE_ENDPOINT_SOCKET=unix:///path/of/its/socket, or [identity] "
-            "svid_files or svid_folder"
+            "svid_files, svid_folder or spire_admin_socket"
         )
     folder = agent_directory(settings)
     endpoint, admin = identity.workload_endpoint(folder), identity.admin_path(folder)
@@ -63,6 +63,13 @@ def obtain_identity(
         timeout_s=wait_s,
         # An agent that was started anew knows nobody.
         reconnecting=partial(identity.register_again, admin, spiffe_id, timeout_s=1.0),
+    )
+
+
+def has_agent(settings: Settings) -> bool:
+    """Return whether this node's agent is one of ours, where no other is named."""
+    return settings.profile == "development" or bool(
+        settings.identity.spire_admin_socket
     )
 
 

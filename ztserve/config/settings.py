@@ -56,6 +56,8 @@ class IdentitySettings:
     """Where the embedded agent serves our trust bundle to others; 0: nowhere."""
     quarantine: Path = Path(".ztserve/quarantine.json")
     """Who is refused although their SVID holds; edited by `ztserve quarantine`."""
+    spire_admin_socket: Path | None = None
+    """SPIRE's admin socket: the agent of this node hands on what SPIRE issues there."""
     admins: tuple[str, ...] = ()
     """SPIFFE IDs that may edit it where there is no embedded agent."""
 

@@ -5,25 +5,27 @@ certificates and are the only makers of `types.Peer`. `Quarantine` refuses some 
 all the same. A `Source` gives our own `Identity`: `WorkloadSource` from any SPIFFE
 agent, `FileSource` and `FolderSource` from files that another writes, `FixedSource` one
 that never changes. `Agent` and `Authority` are the agent and the trust domain of a
-developer's machine, and `register` tells that agent who this process is. `Federation`
-holds the bundles of other trust domains, and `BundleEndpoint` gives them ours.
+developer's machine; with a `Delegation` the agent hands on what SPIRE issues.
+`register` tells it who this process is. `Federation` holds the bundles of other trust
+domains, and `BundleEndpoint` gives them ours.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ztserve.identity.admin import (
+from ztserve.identity.agent.admin import (
     admin,
     admin_path,
     register,
     register_again,
     workload_endpoint,
 )
-from ztserve.identity.attestation import Rules
-from ztserve.identity.authority import Authority
+from ztserve.identity.agent.attestation import Rules
+from ztserve.identity.authority.development import Authority
 from ztserve.identity.bundle import TrustBundle, parse_bundle_map
 from ztserve.identity.file_source import FileSource, FolderSource
-from ztserve.identity.jwt_svid import (
+from ztserve.identity.jwt.replay import ReplayWindow
+from ztserve.identity.jwt.svid import (
     JwtSvid,
     bearer_token,
     sign_jwt_svid,
@@ -31,39 +33,46 @@ from ztserve.identity.jwt_svid import (
 )
 from ztserve.identity.peer import PeerVerifier, verify_peer
 from ztserve.identity.process import harden_process, is_dumpable, private_directory
-from ztserve.identity.quarantine import Quarantine, quarantine_operations
-from ztserve.identity.replay import ReplayWindow
+from ztserve.identity.quarantine.check import Quarantine
 from ztserve.identity.source import FixedSource, LiveSource, Source
 from ztserve.identity.spiffe_id import SpiffeId
 from ztserve.identity.svid import Identity, Svid, dns_name
 
 if TYPE_CHECKING:
-    from ztserve.identity.agent import Agent
-    from ztserve.identity.bundle_endpoint import BundleEndpoint, renewing
-    from ztserve.identity.federation import Federation
-    from ztserve.identity.jwt_proof import JwtProof
-    from ztserve.identity.jwt_source import JwtSource
-    from ztserve.identity.relationship import Relationship, read_relationships
-    from ztserve.identity.relationship_file import RelationshipFile
+    from ztserve.identity.agent.delegation import Delegation
+    from ztserve.identity.agent.embedded import Agent
+    from ztserve.identity.agent.quarantine import quarantine_operations
+    from ztserve.identity.federation.bundles import Federation
+    from ztserve.identity.federation.endpoint import BundleEndpoint, renewing
+    from ztserve.identity.federation.relationship import (
+        Relationship,
+        read_relationships,
+    )
+    from ztserve.identity.federation.relationship_file import RelationshipFile
+    from ztserve.identity.jwt.proof import JwtProof
+    from ztserve.identity.jwt.source import JwtSource
     from ztserve.identity.workload import WorkloadSource
 
 _HOME = {
-    "Agent": "ztserve.identity.agent",
-    "BundleEndpoint": "ztserve.identity.bundle_endpoint",
-    "Federation": "ztserve.identity.federation",
-    "JwtProof": "ztserve.identity.jwt_proof",
-    "JwtSource": "ztserve.identity.jwt_source",
-    "Relationship": "ztserve.identity.relationship",
-    "RelationshipFile": "ztserve.identity.relationship_file",
+    "Agent": "ztserve.identity.agent.embedded",
+    "BundleEndpoint": "ztserve.identity.federation.endpoint",
+    "Delegation": "ztserve.identity.agent.delegation",
+    "Federation": "ztserve.identity.federation.bundles",
+    "JwtProof": "ztserve.identity.jwt.proof",
+    "JwtSource": "ztserve.identity.jwt.source",
+    "Relationship": "ztserve.identity.federation.relationship",
+    "RelationshipFile": "ztserve.identity.federation.relationship_file",
     "WorkloadSource": "ztserve.identity.workload",
-    "read_relationships": "ztserve.identity.relationship",
-    "renewing": "ztserve.identity.bundle_endpoint",
+    "quarantine_operations": "ztserve.identity.agent.quarantine",
+    "read_relationships": "ztserve.identity.federation.relationship",
+    "renewing": "ztserve.identity.federation.endpoint",
 }
 
 __all__ = [
     "Agent",
     "Authority",
     "BundleEndpoint",
+    "Delegation",
     "Federation",
     "FileSource",
     "FixedSource",

@@ -185,20 +185,21 @@ def _bundles(own: str, material: Material) -> dict[str, tuple[bytes, ...]]:
             f"{len(material.federated)} federated bundles, "
             f"at most {MAX_TRUST_DOMAINS - 1} are allowed"
         )
-    bundles = {own: _roots(own, material.bundle)}
+    bundles = {own: read_roots(own, material.bundle)}
     for name, blob in material.federated.items():
         foreign = SpiffeId.parse(name)
         if foreign.path or foreign.trust_domain == own:
             raise IdentityError(f"a federated bundle for {name}: not another domain's")
         try:
-            bundles[foreign.trust_domain] = _roots(foreign.trust_domain, blob)
+            bundles[foreign.trust_domain] = read_roots(foreign.trust_domain, blob)
         except IdentityError as error:
             # A partner's mistake takes its own trust domain away, and nobody else's.
             _LOG.error("%s; no SVID of %s is believed", error, foreign.trust_domain)
     return bundles
 
 
-def _roots(trust_domain: str, blob: bytes) -> tuple[bytes, ...]:
+def read_roots(trust_domain: str, blob: bytes) -> tuple[bytes, ...]:
+    """Return the roots of `trust_domain` in concatenated DER. Raises IdentityError."""
     what = f"trust bundle of {trust_domain}"
     roots = _split(blob, what, bytes_=MAX_BUNDLE_BYTES, count=MAX_AUTHORITIES)
     check_subjects(

@@ -7,7 +7,7 @@ deployment is, the table does not know: that, entries with ``ray:deployment`` sa
 """
 
 from ztserve.identity import SpiffeId
-from ztserve.identity.attestation import CannotTell, FalseClaim, Process
+from ztserve.identity.agent.attestation import CannotTell, FalseClaim, Process
 from ztserve.serving import ray_private
 from ztserve.serving.ray_private import Actor
 

@@ -33,15 +33,15 @@ def actor_name(kind: str, settings: Settings, node: str) -> str:
 
 
 class AgentActor:
-    """The development authority and its Workload API front."""
+    """The identity agent: the development authority, or what SPIRE issues."""
 
     def __init__(self, settings: Settings) -> None:
         identity.harden_process()
-        authority = identity.Authority(settings.identity.trust_domain).start()
+        table = _actor_table(settings)
+        authority = self._authority(settings, table)
         self._log = config.open_log(
             settings, "agent", str(os.getpid()), _own_source(settings, authority)
         )
-        table = _actor_table(settings)
         self._agent = identity.Agent(
             authority,
             config.agent_directory(settings),
@@ -71,11 +71,25 @@ class AgentActor:
             on_stop=self._stop,
         )
         self._agent.start()
-        if settings.identity.bundle_port:
+        if settings.identity.bundle_port and isinstance(authority, identity.Authority):
             spiffe_id = settings.spiffe_id("bundle", "ztserve")
             identity.BundleEndpoint(
                 authority.trust_bundle, identity.renewing(authority, spiffe_id)
             ).start(settings.transport.host, settings.identity.bundle_port)
+
+    def _authority(
+        self, settings: Settings, table: ActorTable
+    ) -> identity.Authority | identity.Delegation:
+        ours = settings.identity
+        if ours.spire_admin_socket is None:
+            return identity.Authority(ours.trust_domain).start()
+        return identity.Delegation(
+            f"unix://{ours.spire_admin_socket}",
+            ours.trust_domain,
+            further=table.selectors,
+            timeout_s=ours.wait_s,
+            on_event=self._tell,
+        )
 
     def is_up(self) -> bool:
         """Answer once the agent listens."""
@@ -90,17 +104,30 @@ class AgentActor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def _own_source(settings: Settings, authority: identity.Authority) -> identity.Source:
-    svid = authority.issue(settings.spiffe_id("agent", "ztserve"))
+def _own_source(
+    settings: Settings, authority: identity.Authority | identity.Delegation
+) -> identity.Source:
+    name = _agent_id(settings)
+    if isinstance(authority, identity.Delegation):
+        return authority.own(name)
+    svid = authority.issue(name)
     return identity.FixedSource(identity.Identity(svid, authority.bundles))
 
 
 def _actor_table(settings: Settings) -> ActorTable:
     here = ray.get_runtime_context().get_node_id()
-    directory = actor_name("directory", settings, here)
     return ActorTable(
-        here, namespace=NAMESPACE, named={settings.directory_id: directory}
+        here,
+        namespace=NAMESPACE,
+        named={
+            settings.directory_id: actor_name("directory", settings, here),
+            _agent_id(settings): actor_name("agent", settings, here),
+        },
     )
+
+
+def _agent_id(settings: Settings) -> identity.SpiffeId:
+    return settings.spiffe_id("agent", "ztserve")
 
 
 class DirectoryActor:

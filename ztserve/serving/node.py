@@ -86,7 +86,7 @@ def check_cluster(settings: Settings) -> None:
 
 def ensure_agent(settings: Settings) -> None:
     """Start the embedded agent of this node, unless the node has one of its own."""
-    if config.endpoint_socket() is None and settings.profile == "development":
+    if config.endpoint_socket() is None and config.has_agent(settings):
         agent = _get_or_create(AgentActor, "agent", settings)
         _ask(agent.is_up.remote(), "the identity agent")
 

@@ -11,16 +11,25 @@ if TYPE_CHECKING:
     from ztserve.testing.authority import ForgedSource, ThrowAwayAuthority
     from ztserve.testing.hostile_agent import HostileAgent
     from ztserve.testing.serving import Served, serve
+    from ztserve.testing.simulated_spire import SimulatedSpire
 
 _HOME = {
     "ForgedSource": "ztserve.testing.authority",
     "HostileAgent": "ztserve.testing.hostile_agent",
     "Served": "ztserve.testing.serving",
+    "SimulatedSpire": "ztserve.testing.simulated_spire",
     "ThrowAwayAuthority": "ztserve.testing.authority",
     "serve": "ztserve.testing.serving",
 }
 
-__all__ = ["ForgedSource", "HostileAgent", "Served", "ThrowAwayAuthority", "serve"]
+__all__ = [
+    "ForgedSource",
+    "HostileAgent",
+    "Served",
+    "SimulatedSpire",
+    "ThrowAwayAuthority",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> object:

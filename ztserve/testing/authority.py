@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ztserve.identity import Authority, FixedSource, Identity, SpiffeId, Svid
-from ztserve.identity.certificates import (
+from ztserve.identity.authority.certificates import (
     BACKDATED,
     Extensions,
     alternative_names,

@@ -10,14 +10,8 @@ import pytest
 from tests.unit.cli.support import Doors
 from ztserve import TensorSpec, ZTDeployment, audit, config
 from ztserve.errors import IdentityError
-from ztserve.identity import (
-    Agent,
-    Authority,
-    Quarantine,
-    Rules,
-    quarantine_file,
-    quarantine_operations,
-)
+from ztserve.identity import Agent, Authority, Quarantine, Rules, quarantine_operations
+from ztserve.identity.quarantine import file as quarantine_file
 
 CLI = "spiffe://dev.ztserve.internal/ns/dev/sa/cli"
 SHOP = "spiffe://dev.ztserve.internal/ns/web/sa/shop"

@@ -20,14 +20,14 @@ from cryptography.hazmat.primitives.serialization import (
 from ztserve import types
 from ztserve.errors import Unauthenticated
 from ztserve.identity import verify_peer
-from ztserve.identity.bundle_endpoint import BundleEndpoint, renewing
-from ztserve.identity.certificates import (
+from ztserve.identity.authority.certificates import (
     authority_extensions,
     authority_name,
     sign_certificate,
 )
-from ztserve.identity.federation import Federation
-from ztserve.identity.relationship import Relationship
+from ztserve.identity.federation.bundles import Federation
+from ztserve.identity.federation.endpoint import BundleEndpoint, renewing
+from ztserve.identity.federation.relationship import Relationship
 from ztserve.testing import ThrowAwayAuthority
 
 OURS = "a.example"

@@ -8,7 +8,7 @@ import pytest
 
 from ztserve.errors import IdentityError
 from ztserve.identity import Rules, SpiffeId
-from ztserve.identity.attestation import Process, attest, descends_from
+from ztserve.identity.agent.attestation import Process, attest, descends_from
 
 CLI = "spiffe://td.example/ns/dev/sa/cli"
 GATEWAY = "spiffe://td.example/ns/ml-api/sa/api-gateway"

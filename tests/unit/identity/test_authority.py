@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ztserve import types
 from ztserve.errors import IdentityError, Unauthenticated
 from ztserve.identity import Authority, dns_name, verify_peer
+from ztserve.identity.authority.rotation import Rotation
 from ztserve.identity.bundle import TrustBundle
-from ztserve.identity.jwt_svid import verify_jwt_svid
-from ztserve.identity.rotation import Rotation
+from ztserve.identity.jwt.svid import verify_jwt_svid
 from ztserve.testing import ThrowAwayAuthority
 
 ME = "spiffe://td.example/ns/a/sa/b"

@@ -10,10 +10,11 @@ import pytest
 
 from ztserve import types
 from ztserve.errors import IdentityError
-from ztserve.identity import Authority, bundle_endpoint, verify_peer
+from ztserve.identity import Authority, verify_peer
 from ztserve.identity.bundle import TrustBundle
-from ztserve.identity.bundle_endpoint import BundleEndpoint, renewing
-from ztserve.identity.bundle_fetch import peer_chain
+from ztserve.identity.federation import endpoint as bundle_endpoint
+from ztserve.identity.federation.endpoint import BundleEndpoint, renewing
+from ztserve.identity.federation.fetch import peer_chain
 
 ME = "spiffe://b.example/ns/ztserve/sa/bundle"
 GET = b"GET /bundle.json HTTP/1.1\r\nHost: b\r\n\r\n"

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tests.unit.identity.test_attestation import myself, process_of
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.identity import SpiffeId
-from ztserve.identity.attestation import CannotTell
-from ztserve.identity.entries import MAX_BYTES, MAX_ENTRIES, parse_entries
-from ztserve.identity.entry_file import EntryFile
+from ztserve.identity.agent.attestation import CannotTell
+from ztserve.identity.agent.entries import MAX_BYTES, MAX_ENTRIES, parse_entries
+from ztserve.identity.agent.entry_file import EntryFile
+from ztserve.identity.agent.selectors import Selectors, check_selector
 from ztserve.identity.process import harden_process
-from ztserve.identity.selectors import Selectors, check_selector
 
 A, B = "spiffe://td.example/ns/x/sa/a", "spiffe://td.example/ns/x/sa/b"
 UID, GID = f"unix:uid:{os.geteuid()}", f"unix:gid:{os.getegid()}"
@@ -213,7 +213,7 @@ import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from tests.unit.identity.test_attestation import process_of
 from ztserve.identity import harden_process
-from ztserve.identity.selectors import Selectors
+from ztserve.identity.agent.selectors import Selectors
 os.setgid(12345); os.setuid(12345)
 ready, done = os.pipe(), os.pipe()
 victim = os.fork()

@@ -2,8 +2,8 @@ import pytest
 
 from tests.unit.identity.test_attestation import myself
 from ztserve.errors import AuditError, IdentityError
-from ztserve.identity.attestation import FalseClaim, Process
-from ztserve.identity.events import EACH, MOST, WINDOW_S, Events
+from ztserve.identity.agent.attestation import FalseClaim, Process
+from ztserve.identity.agent.events import EACH, MOST, WINDOW_S, Events
 
 
 class Clock:

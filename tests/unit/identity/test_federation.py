@@ -27,11 +27,11 @@ from tests.unit.identity.federated import (
     until,
 )
 from ztserve.errors import ConfigError, IdentityError
-from ztserve.identity import bundle_fetch
 from ztserve.identity.bundle import TrustBundle
-from ztserve.identity.bundle_fetch import read_answer
-from ztserve.identity.federation import BOUNDS_S, INTERVAL_S, Federation
-from ztserve.identity.relationship import Relationship
+from ztserve.identity.federation import fetch as bundle_fetch
+from ztserve.identity.federation.bundles import BOUNDS_S, INTERVAL_S, Federation
+from ztserve.identity.federation.fetch import read_answer
+from ztserve.identity.federation.relationship import Relationship
 
 pytestmark = pytest.mark.slow
 HEAD = b"HTTP/1.1 200 OK\r\n"

@@ -22,7 +22,7 @@ from ztserve.identity import (
     verify_jwt_svid,
 )
 from ztserve.identity.jwk import base64url_encode
-from ztserve.identity.jws import ALGORITHMS, sign
+from ztserve.identity.jwt.jws import ALGORITHMS, sign
 
 TD, US = "td.example", "spiffe://td.example/ns/a/sa/us"
 ME = "spiffe://td.example/ns/a/sa/me"

@@ -10,15 +10,9 @@ import pytest
 
 from ztserve import types
 from ztserve.errors import AuditError, IdentityError, Unauthenticated, Unavailable
-from ztserve.identity import (
-    Agent,
-    Quarantine,
-    Rules,
-    admin,
-    quarantine_entry,
-    quarantine_file,
-    quarantine_operations,
-)
+from ztserve.identity import Agent, Quarantine, Rules, admin, quarantine_operations
+from ztserve.identity.quarantine import entry as quarantine_entry
+from ztserve.identity.quarantine import file as quarantine_file
 from ztserve.types import Peer
 
 CLI = "spiffe://td.example/ns/dev/sa/cli"

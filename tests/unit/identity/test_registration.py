@@ -14,8 +14,8 @@ from tests.unit.identity.test_attestation import (
 )
 from ztserve.errors import IdentityError
 from ztserve.identity import Rules, SpiffeId
-from ztserve.identity.attestation import CannotTell, FalseClaim
-from ztserve.identity.registration import Grant, Registry
+from ztserve.identity.agent.attestation import CannotTell, FalseClaim
+from ztserve.identity.agent.registration import Grant, Registry
 
 LOCAL = Rules(trust_domain="td.example", local_ids=(GATEWAY,), default_id=CLI)
 WORKERS = Rules(
@@ -159,10 +159,25 @@ def test_a_worker_that_dies_while_it_is_checked_gets_nothing(child):
 def test_what_a_worker_never_gets_no_entry_gives_it(child, wanted):
     registry = Registry(WORKERS, entries=Entries(grant(wanted), grant(REPLICA)))
     worker = process_of(child.pid)
-    assert ids(registry, worker) == [REPLICA]
-    assert ids(registry, myself()) == [wanted, REPLICA]
     with pytest.raises(FalseClaim, match="a Ray worker, and none such may be"):
         registry.register(worker, wanted)
+    registry.register(worker, REPLICA)
+    assert ids(registry, worker) == [REPLICA]
+    assert ids(registry, myself()) == [wanted, REPLICA]
+
+
+def test_a_worker_that_registered_nothing_has_nothing_whatever_entries_say(child):
+    asked = []
+    registry = Registry(
+        WORKERS,
+        entries=Entries(grant(REPLICA), grant(DIRECTORY)),
+        check=lambda _process, spiffe_id: asked.append(spiffe_id),
+    )
+    worker = process_of(child.pid)
+    with pytest.raises(IdentityError, match="has registered no identity"):
+        registry.grants(worker)
+    assert registry.register(worker, REPLICA) == REPLICA
+    assert ids(registry, worker) == asked == [REPLICA]
 
 
 def test_a_worker_is_never_an_admin(child):
@@ -170,14 +185,15 @@ def test_a_worker_is_never_an_admin(child):
         WORKERS, entries=Entries(grant(REPLICA, admin=True), grant(DIRECTORY))
     )
     worker = process_of(child.pid)
-    assert ids(registry, worker) == [DIRECTORY]
+    with pytest.raises(IdentityError, match=f"no registration entry makes .*{REPLICA}"):
+        registry.register(worker, REPLICA)
     with pytest.raises(FalseClaim, match="is a Ray worker: it may not"):
         registry.check_admin(worker)
     assert registry.check_admin(myself()) == REPLICA
     by_id = Registry(WORKERS, entries=Entries(grant(REPLICA)), admin_ids=(REPLICA,))
     assert by_id.check_admin(myself()) == REPLICA
-    with pytest.raises(IdentityError, match="no registration entry applies"):
-        by_id.grants(worker)
+    with pytest.raises(IdentityError, match="no registration entry makes process"):
+        by_id.register(worker, REPLICA)
 
 
 def test_with_entries_a_process_is_all_that_applies_or_what_it_registered():

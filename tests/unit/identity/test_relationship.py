@@ -2,7 +2,7 @@ import pytest
 
 from tests.unit.identity.federated import DOOR, THEIRS
 from ztserve.errors import ConfigError
-from ztserve.identity.relationship import Relationship, read_relationships
+from ztserve.identity.federation.relationship import Relationship, read_relationships
 
 WEB = {"trust_domain": THEIRS, "profile": "https_web", "url": "https://b.example/x"}
 SPIFFE = {

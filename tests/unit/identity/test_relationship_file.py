@@ -13,7 +13,7 @@ from tests.unit.identity.federated import (
     until,
 )
 from ztserve.errors import ConfigError
-from ztserve.identity.relationship_file import RelationshipFile
+from ztserve.identity.federation.relationship_file import RelationshipFile
 
 WEB = """
 [[federation]]

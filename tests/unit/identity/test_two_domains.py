@@ -16,9 +16,9 @@ from ztserve import types
 from ztserve.authorization import PolicySet
 from ztserve.errors import CallError, Denied, IdentityError
 from ztserve.identity import Agent, Authority, Rules, WorkloadSource, verify_peer
-from ztserve.identity.bundle_endpoint import BundleEndpoint, renewing
-from ztserve.identity.federation import Federation
-from ztserve.identity.relationship import read_relationships
+from ztserve.identity.federation.bundles import Federation
+from ztserve.identity.federation.endpoint import BundleEndpoint, renewing
+from ztserve.identity.federation.relationship import read_relationships
 from ztserve.transport import Client
 
 pytestmark = pytest.mark.slow

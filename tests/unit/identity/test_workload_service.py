@@ -28,10 +28,10 @@ from ztserve.identity import (
     WorkloadSource,
     sign_jwt_svid,
     verify_jwt_svid,
-    workload_callers,
 )
 from ztserve.identity import workload_api as wire
-from ztserve.identity.attestation import CannotTell
+from ztserve.identity.agent import callers as workload_callers
+from ztserve.identity.agent.attestation import CannotTell
 from ztserve.identity.subscribers import Subscribers
 from ztserve.testing import ThrowAwayAuthority
 

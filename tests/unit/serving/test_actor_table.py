@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ztserve.identity import SpiffeId
-from ztserve.identity.attestation import CannotTell, FalseClaim, Process
+from ztserve.identity.agent.attestation import CannotTell, FalseClaim, Process
 
 pytest.importorskip("ray")
 

@@ -35,8 +35,8 @@ from ztserve.identity import (
     Quarantine,
     Rules,
     WorkloadSource,
-    quarantine_file,
 )
+from ztserve.identity.quarantine import file as quarantine_file
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import (
     AsyncClient,

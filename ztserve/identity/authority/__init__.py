@@ -1,0 +1,1 @@
+"""The development authority: its keys, their rotation, and what they sign."""

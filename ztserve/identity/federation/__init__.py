@@ -1,0 +1,1 @@
+"""Bundles of other trust domains, fetched and kept; and ours, served to them."""

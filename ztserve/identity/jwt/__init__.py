@@ -1,0 +1,1 @@
+"""JWT-SVIDs: signed, verified, fetched, and borne by calls."""

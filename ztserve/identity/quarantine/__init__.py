@@ -1,0 +1,1 @@
+"""Who is refused although their SVID still verifies."""

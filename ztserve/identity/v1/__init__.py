@@ -1,0 +1,1 @@
+"""Generated from ``proto/ztserve/identity/v1`` by ``make proto``; never edited."""
