@@ -44,6 +44,7 @@ from ztserve.identity import (
     Quarantine,
     Rules,
     admin,
+    guarded_files,
     quarantine_operations,
     register,
 )
@@ -336,13 +337,21 @@ OVERWRITE = """
 """
 
 
+SWAP = """
+    import os, sys
+    os.setgroups([]); os.setgid(4242); os.setuid(4242)
+    os.rename(sys.argv[1], sys.argv[1] + ".gone")
+    os.rename(sys.argv[2], sys.argv[1])
+"""
+
+
 @ROOT_ONLY
 @pytest.mark.parametrize("control", [True, False])
 def test_a_list_that_others_may_write_to_admits_nobody(
     authority, monkeypatch, control
 ) -> None:
     if not control:
-        monkeypatch.setattr(quarantine_file, "_check_owned", lambda *_: None)
+        monkeypatch.setattr(guarded_files, "_check_mode", lambda *_: None)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         path = Path(folder) / "quarantine.json"
@@ -352,6 +361,35 @@ def test_a_list_that_others_may_write_to_admits_nobody(
         ):
             path.chmod(0o666)
             child(path, EMPTY, program=OVERWRITE)
+            assert quarantine_entry.parse(path.read_bytes()) == ()
+            if control:
+                assert soon(lambda: not gets_in(honest))
+                assert not gets_in(thief)
+            else:
+                assert soon(lambda: gets_in(thief))
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize("control", [True, False])
+def test_a_list_in_a_folder_that_others_can_swap_admits_nobody(
+    authority, monkeypatch, control
+) -> None:
+    """The file and its folder are ours; the folder above is everybody's."""
+    if not control:
+        monkeypatch.setattr(guarded_files, "_check_ancestors", lambda _: None)
+    with tempfile.TemporaryDirectory() as above:
+        path = Path(above) / "folder" / "quarantine.json"
+        path.parent.mkdir(mode=0o755)
+        with (
+            Quarantine.open(path) as quarantine,
+            besieged(authority, quarantine, path) as (thief, honest),
+        ):
+            Path(above).chmod(0o777)
+            # Ours, harmless and older: somebody else only moves it into place.
+            (Path(above) / "old").mkdir()
+            (Path(above) / "old" / path.name).write_text(EMPTY)
+            (Path(above) / "old" / path.name).chmod(0o600)
+            child(path.parent, Path(above) / "old", program=SWAP)
             assert quarantine_entry.parse(path.read_bytes()) == ()
             if control:
                 assert soon(lambda: not gets_in(honest))
@@ -466,8 +504,8 @@ def test_a_link_to_an_older_list_admits_nobody(
     older.write_text(EMPTY)
     older.chmod(0o600)
     if not control:
-        monkeypatch.setattr(os, "O_NOFOLLOW", 0)
-        monkeypatch.setattr(Path, "is_symlink", lambda _: False)
+        followed = guarded_files._FLAGS & ~os.O_NOFOLLOW
+        monkeypatch.setattr(guarded_files, "_FLAGS", followed)
     with besieged(authority, quarantine, path) as (thief, honest):
         link = path.with_name("link")
         link.symlink_to(older)

@@ -1,9 +1,13 @@
 """``ztserve agent``: what the embedded identity agent is doing, and its end."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from ztserve import config, identity
 from ztserve.cli import show
+
+_FEDERATION = ("trust_domain", "profile", "sequence", "age_s", "problem")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +25,18 @@ def run(chosen: argparse.Namespace) -> int:
     elif chosen.json:
         show.as_json(answer)
     else:
-        rows = [(name, value) for name, value in answer.items() if name != "ok"]
-        show.table("identity agent", ("", ""), rows)
+        _tell(answer)
     return 0
+
+
+def _tell(status: Mapping[str, Any]) -> None:
+    lists = {"registrations": ("pid", "id"), "federation": _FEDERATION}
+    rows = [
+        (name, value)
+        for name, value in status.items()
+        if name not in (*lists, "ok") and value not in (None, "")
+    ]
+    show.table(f"identity agent of {status['trust_domain']}", ("", ""), rows)
+    for name, columns in lists.items():
+        if found := status.get(name):
+            show.table(name, columns, [[one[c] for c in columns] for one in found])

@@ -1,6 +1,7 @@
 """``ztserve predict``: one call, as the identity that the agent gives this process."""
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -38,22 +39,23 @@ def run(chosen: argparse.Namespace) -> int:
     identity.harden_process()
     settings = config.load()
     inputs = parsed(chosen.input)
-    with (
-        config.open_quarantine(settings) as quarantine,
-        config.obtain_identity(settings) as source,
-        transport.Client(
-            target(settings, chosen.deployment),
-            source=source,
-            directory=f"{settings.directory.host}:{settings.directory.port}",
-            directory_id=settings.directory_id,
-            timeout_s=chosen.timeout_s,
-            quarantine=quarantine,
-            tokens=config.open_tokens(settings, source),
-        ) as client,
-    ):
+    with contextlib.ExitStack() as closing:
+        quarantine = closing.enter_context(config.open_quarantine(settings))
+        source = closing.enter_context(config.obtain_identity(settings))
+        print(f"as {source.current().svid.id}", file=sys.stderr, flush=True)
+        client = closing.enter_context(
+            transport.Client(
+                target(settings, chosen.deployment),
+                source=source,
+                directory=f"{settings.directory.host}:{settings.directory.port}",
+                directory_id=settings.directory_id,
+                timeout_s=chosen.timeout_s,
+                quarantine=quarantine,
+                tokens=config.open_tokens(settings, source),
+            )
+        )
         if chosen.example:
             inputs = {**client.example(), **inputs}
-        print(f"as {source.current().svid.id}", file=sys.stderr)
         if chosen.stream:
             for piece in client.stream(inputs, timeout_s=chosen.timeout_s):
                 _print_piece(piece, as_json=chosen.json)

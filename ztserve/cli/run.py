@@ -25,11 +25,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Serve, say where, wait, and stop cleanly.
 
-    Mistakes in the configuration, the policies or the module show before Ray starts.
+    Mistakes in the configuration, the files that it names or the module show before Ray
+    starts.
     """
     settings = config.load()
     # First: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
+    config.check_identity_files(settings)
     config.load_policies(
         settings,
         service="(any)",

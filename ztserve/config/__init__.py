@@ -10,6 +10,7 @@ from ztserve.config.environment import (
 from ztserve.config.file import found_file, load
 from ztserve.config.rooms import (
     agent_directory,
+    check_identity_files,
     follow_federation,
     has_agent,
     limits,
@@ -28,6 +29,7 @@ __all__ = [
     "Settings",
     "agent_directory",
     "before_ray",
+    "check_identity_files",
     "default_environment",
     "endpoint_socket",
     "entries",

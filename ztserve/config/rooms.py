@@ -213,6 +213,15 @@ def load_policies(
     )
 
 
+def check_identity_files(settings: Settings) -> None:
+    """Raise ConfigError where entries or relationships are not understood."""
+    ours = settings.identity
+    if ours.entries is not None:
+        identity.EntryFile(ours.entries, ours.trust_domain)
+    if ours.federation is not None:
+        identity.RelationshipFile(ours.federation)
+
+
 def _federated(settings: Settings) -> tuple[str, ...]:
     path = settings.identity.federation
     if path is None:

@@ -41,6 +41,7 @@ from ztserve.identity.svid import Identity, Svid, dns_name
 if TYPE_CHECKING:
     from ztserve.identity.agent.delegation import Delegation
     from ztserve.identity.agent.embedded import Agent
+    from ztserve.identity.agent.entry_file import EntryFile
     from ztserve.identity.agent.quarantine import quarantine_operations
     from ztserve.identity.federation.bundles import Federation
     from ztserve.identity.federation.endpoint import BundleEndpoint, renewing
@@ -57,6 +58,7 @@ _HOME = {
     "Agent": "ztserve.identity.agent.embedded",
     "BundleEndpoint": "ztserve.identity.federation.endpoint",
     "Delegation": "ztserve.identity.agent.delegation",
+    "EntryFile": "ztserve.identity.agent.entry_file",
     "Federation": "ztserve.identity.federation.bundles",
     "JwtProof": "ztserve.identity.jwt.proof",
     "JwtSource": "ztserve.identity.jwt.source",
@@ -73,6 +75,7 @@ __all__ = [
     "Authority",
     "BundleEndpoint",
     "Delegation",
+    "EntryFile",
     "Federation",
     "FileSource",
     "FixedSource",

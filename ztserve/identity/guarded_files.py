@@ -113,7 +113,7 @@ def _check_mode(path: Path, found: os.stat_result, forbidden: int) -> None:
         readers = " or read it" if forbidden & stat.S_IROTH else ""
         raise IdentityError(
             f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: others can change it"
-            f"{readers}; expected none of {forbidden:04o}"
+            f"{readers}; expected none of {forbidden:04o}: look for who did, then chmod"
         )
 
 

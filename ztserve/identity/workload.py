@@ -24,6 +24,7 @@ _LONGEST_PAUSE_S = 2.0
 _LEAST_S = 0.05
 """Between two answers of one stream: what floods us is read no faster than that."""
 _SILENT = "it has not answered in time"
+_DEAD = "Connection refused"
 _MOVED = "another agent listens at its socket now"
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -266,7 +267,10 @@ class WorkloadSource(LiveSource):
         """Note what went wrong; return whether it makes sense to ask again."""
         code, problem = error.code(), self._cancelled
         if code is not grpc.StatusCode.CANCELLED or not problem:  # not by our keeper
-            problem = f"{code.name}: {str(error.details())!r:.500}"
+            details = str(error.details())
+            problem = f"{code.name}: {details!r:.500}"
+            if code is grpc.StatusCode.UNAVAILABLE and _DEAD in details:
+                problem = "nobody listens at its socket; is the agent running?"
         self._note(problem)
         if code is grpc.StatusCode.PERMISSION_DENIED:
             self._drop(problem)

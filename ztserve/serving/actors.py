@@ -37,11 +37,14 @@ class AgentActor:
 
     def __init__(self, settings: Settings) -> None:
         identity.harden_process()
+        self._quarantine = settings.identity.quarantine
+        self._bundle_url = ""
         table = _actor_table(settings)
         authority = self._authority(settings, table)
         self._log = config.open_log(
             settings, "agent", str(os.getpid()), _own_source(settings, authority)
         )
+        self._federation = config.follow_federation(settings, self._tell)
         self._agent = identity.Agent(
             authority,
             config.agent_directory(settings),
@@ -63,19 +66,19 @@ class AgentActor:
             entries=settings.identity.entries,
             selectors=table.selectors,
             check=table.check,
-            federation=config.follow_federation(settings, self._tell),
-            extra_ops=identity.quarantine_operations(
-                settings.identity.quarantine, self._tell
-            ),
+            federation=self._federation,
+            extra_ops=identity.quarantine_operations(self._quarantine, self._tell),
+            extra_status=self._status,
             on_event=self._tell,
             on_stop=self._stop,
         )
         self._agent.start()
         if settings.identity.bundle_port and isinstance(authority, identity.Authority):
             spiffe_id = settings.spiffe_id("bundle", "ztserve")
-            identity.BundleEndpoint(
+            host, port = identity.BundleEndpoint(
                 authority.trust_bundle, identity.renewing(authority, spiffe_id)
             ).start(settings.transport.host, settings.identity.bundle_port)
+            self._bundle_url = f"https://{host}:{port}/"
 
     def _authority(
         self, settings: Settings, table: ActorTable
@@ -94,6 +97,15 @@ class AgentActor:
     def is_up(self) -> bool:
         """Answer once the agent listens."""
         return True
+
+    def _status(self) -> Mapping[str, object]:
+        found: dict[str, object] = {"quarantine": str(self._quarantine)}
+        if self._bundle_url:
+            found["bundle_endpoint"] = self._bundle_url
+        if self._federation is not None:
+            found["federation"] = self._federation.status()
+            found["federation_problem"] = self._federation.problem
+        return found
 
     def _tell(self, kind: str, fields: Mapping[str, object]) -> None:
         self._log.event(kind, **fields)

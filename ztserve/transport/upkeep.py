@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 
-from ztserve.errors import Unavailable, ZTServeError
+from ztserve.errors import Denied, Unauthenticated, Unavailable, ZTServeError
 from ztserve.transport import channels, protocol
 from ztserve.transport import directory as door
 from ztserve.transport.replicas import Lane
@@ -130,6 +130,8 @@ class Upkeep:
                 self._watch()
             except ZTServeError as error:
                 self._route.trouble = error
+                if isinstance(error, Denied | Unauthenticated):
+                    self._known.set()  # whoever waits need wait no longer
                 _LOG.info("directory %s: %s", self._route.directory, error)
             self._closed.wait(protocol.AGAIN_S)
 

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.unit.cli.support import Doors
-from ztserve import ModelRef, TensorSpec, TextSpec, ZTDeployment, config
+from ztserve import ModelRef, TensorSpec, TextSpec, ZTDeployment, config, errors
 from ztserve.cli import predict
 from ztserve.errors import InvalidInput
 from ztserve.identity import Agent, Authority, Rules, dns_name, is_dumpable
@@ -200,6 +200,19 @@ def test_predict_waits_no_longer_than_it_is_told(ztserve, doors):
     done = ztserve("predict", "nobody", "--input", "x=[[1]]", "--timeout-s", "0.3")
     assert done.code == 2
     assert "ztserve predict: " in done.err
+    assert time.monotonic() - began < 3
+
+
+def test_predict_says_at_once_that_the_directory_refuses(ztserve, doors, monkeypatch):
+    def watch(_call, _deployment):
+        raise errors.Denied("not for you")
+        yield
+
+    monkeypatch.setattr(doors, "watch", watch)
+    began = time.monotonic()
+    done = ztserve("predict", "double", "--input", "x=[[1, 2]]")
+    assert (done.code, done.out) == (2, "")
+    assert "not for you" in done.err
     assert time.monotonic() - began < 3
 
 

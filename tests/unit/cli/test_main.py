@@ -170,3 +170,28 @@ def test_a_mistake_in_a_policy_shows_before_ray_is_started(
     told = capsys.readouterr()
     assert "principles" in told.err
     assert "starting Ray" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "complaint"),
+    [
+        ("entries", "[[entry]]\nx = 1\n", "'x' is not a known key"),
+        ("federation", "[[federation]]\nx = 1\n", "federation"),
+    ],
+)
+def test_a_mistake_in_the_agents_files_shows_before_ray_is_started(
+    tmp_path, monkeypatch, capsys, setting, text, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZTSERVE_CONFIG", raising=False)
+    assert main(["init"]) == 0
+    (tmp_path / "file.toml").write_text(text)
+    toml = tmp_path / "ztserve.toml"
+    named = f"[identity]\n{setting} = 'file.toml'"
+    toml.write_text(toml.read_text().replace("[identity]", named, 1))
+    (tmp_path / "anything.py").write_text("app = object()\n")
+    assert main(["run", "anything:app"]) == 2
+    told = capsys.readouterr()
+    assert "file.toml" in told.err
+    assert complaint in told.err
+    assert "starting Ray" not in told.out

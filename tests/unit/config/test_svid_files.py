@@ -72,3 +72,29 @@ def test_w4_the_agent_that_the_environment_names_comes_before_files(
 def test_two_files_or_both_forms_are_refused(folder, line):
     with pytest.raises(ConfigError, match="expected three paths"):
         settings(folder, line)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("svid_folder = '.'", "svid_folder"),
+        (FILES, "svid_files"),
+        ("entries = 'e.toml'", "entries"),
+        ("federation = 'f.toml'", "federation"),
+        ("bundle_port = 8444", "bundle_port"),
+    ],
+)
+def test_what_spire_decides_is_not_said_a_second_time(folder, line, named):
+    with pytest.raises(ConfigError, match=f"{named}: not beside spire_admin_socket"):
+        settings(folder, f"spire_admin_socket = 'admin.sock'\n{line}")
+
+
+def test_production_may_have_its_agent_from_spire(folder):
+    chosen = settings(folder, "spire_admin_socket = 'admin.sock'")
+    assert chosen.identity.spire_admin_socket == folder / "admin.sock"
+    assert config.has_agent(chosen)
+    assert not config.has_agent(settings(folder, ""))
+    with pytest.raises(IdentityError, match="nothing is running for the project"):
+        config.obtain_identity(chosen)
+    with pytest.raises(ConfigError, match="svid_folder or spire_admin_socket"):
+        config.obtain_identity(settings(folder, ""))

@@ -11,10 +11,13 @@ import grpc
 import pytest
 from cryptography import x509
 
+from tests.unit.identity.federated import until
 from ztserve.errors import AuditError, IdentityError
 from ztserve.identity import (
     Agent,
+    JwtSource,
     Rules,
+    SpiffeId,
     WorkloadSource,
     admin,
     admin_path,
@@ -23,6 +26,7 @@ from ztserve.identity import (
     workload_endpoint,
 )
 from ztserve.identity import workload_api as wire
+from ztserve.identity.agent.attestation import CannotTell
 
 CLI = "spiffe://td.example/ns/dev/sa/cli"
 GATEWAY = "spiffe://td.example/ns/ml-api/sa/api-gateway"
@@ -396,3 +400,77 @@ def test_what_cannot_be_written_down_is_not_done(authority, private):
         full.append("admin-request")
         with pytest.raises(IdentityError, match="the disk is full"):
             admin(agent.admin_socket, {"op": "stop"})
+
+
+@pytest.mark.slow
+def test_a_withdrawal_is_an_event_of_its_own_and_names_the_identity(authority, private):
+    written = Written()
+    entries = private / "entries.toml"
+    table = "[[entry]]\nspiffe_id = {!r}\nselectors = ['unix:uid:{}']\n"
+    both = "".join(table.format(one, os.geteuid()) for one in (CLI, GATEWAY))
+    entries.write_text(both)
+    folder = private / "agent"
+    folder.mkdir(mode=0o700)
+    with (
+        Agent(
+            authority,
+            folder,
+            Rules(trust_domain="td.example"),
+            entries=entries,
+            on_event=written,
+        ) as agent,
+        WorkloadSource(agent.socket) as source,
+    ):
+        assert source.current().svid.id == CLI
+        me = {"pid": os.getpid(), "uid": os.geteuid()}
+        entries.write_text(table.format(CLI, os.geteuid()))
+        until(lambda: written.of("svid-withdrawn") == [{**me, "id": GATEWAY}])
+        assert agent.status()["entries_problem"] == ""
+        entries.write_text("[[entry")
+        until(lambda: "not valid TOML" in agent.status()["entries_problem"])
+        assert agent.status()["entries"] == 1
+        entries.write_text("entry = []")
+        until(lambda: {**me, "id": CLI} in written.of("svid-withdrawn"))
+        until(lambda: agent.status()["entries_problem"] == "")
+
+
+def test_a_long_audience_is_cut_short_in_the_audit(authority, private):
+    written = Written()
+    rules = Rules(trust_domain="td.example", default_id=CLI)
+    with (
+        Agent(authority, private, rules, on_event=written) as agent,
+        JwtSource(agent.socket, spiffe_id=SpiffeId.parse(CLI)) as tokens,
+    ):
+        tokens.fetch("a" * 1000)
+    (told,) = written.of("svid-issued")
+    assert told["what"].startswith("JWT for ['aaa")
+    assert len(told["what"]) == 200
+
+
+def test_claims_that_wait_for_ray_hold_up_no_other_admin_request(authority, private):
+    released = threading.Event()
+
+    def check(_process, _spiffe_id):
+        released.wait(10)
+        raise CannotTell("Ray does not answer")
+
+    rules = Rules(
+        trust_domain="td.example",
+        worker_parent=os.getppid(),
+        worker_namespaces=("ml",),
+    )
+    with Agent(authority, private, rules, check=check) as agent:
+
+        def claim():
+            with pytest.raises(IdentityError):
+                register(agent.admin_socket, "spiffe://td.example/ns/ml/sa/a")
+
+        claims = [threading.Thread(target=claim) for _ in range(20)]
+        for one in claims:
+            one.start()
+        try:
+            assert admin(agent.admin_socket, {"op": "whoami"})["id"] is None
+        finally:
+            released.set()
+            for one in claims:
+                one.join()

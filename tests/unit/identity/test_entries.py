@@ -449,3 +449,16 @@ def test_ray_that_is_away_does_not_keep_an_entry_that_was_removed(path):
     assert granted(opened(path, further=away)) == [A]
     with pytest.raises(CannotTell):
         granted(file, replace(myself(), uid=12345))
+
+
+def test_an_entry_that_is_gone_is_withdrawn_though_another_asks_for_ray(path):
+    """A process that is B hears of B's end; whether it could be A, nobody asks."""
+
+    def away(_process):
+        raise CannotTell("Ray does not answer")
+
+    written(path, entry(A, ("ray:deployment:Digits",)))
+    file = opened(path, further=away)
+    with pytest.raises(CannotTell):
+        granted(file)
+    assert file.grants(myself(), SpiffeId(B)) == ()

@@ -259,7 +259,7 @@ def test_the_list_is_bounded(path, monkeypatch):
     with pytest.raises(IdentityError, match="2 entries, at most 1 are allowed"):
         quarantine_file.read(path)
     monkeypatch.setattr(quarantine_file, "MAX_FILE_BYTES", 100)
-    with pytest.raises(IdentityError, match="is larger than 100 bytes"):
+    with pytest.raises(IdentityError, match="over 100 bytes"):
         quarantine_file.read(path)
 
 
@@ -314,19 +314,19 @@ def hostile(path):
     yield (
         "a link",
         lambda: (path.rename(other), path.symlink_to(other)),
-        "is a symbolic link, expected the file itself",
+        "is a link to .* only those of a Kubernetes volume",
     )
     yield (
         "a link to nowhere",
         lambda: (path.unlink(), path.symlink_to("/nowhere")),
-        "is a symbolic link",
+        "is a link to '/nowhere'",
     )
     yield "a pipe", lambda: (path.unlink(), os.mkfifo(path)), "not a regular file"
     yield "a folder", lambda: (path.unlink(), path.mkdir()), "not a regular file"
     yield (
         "writable by others",
         lambda: path.chmod(0o622),
-        r"others may write to the file \(mode 0622\).* chmod go-w",
+        "has mode 0622: others can change it; expected none of 0022",
     )
 
 
@@ -363,11 +363,11 @@ def test_everybody_is_refused_while_the_file_is_spoiled(
 def test_a_file_or_folder_of_another_user_is_refused(path, monkeypatch):
     add(path)
     os.chown(path, 4242, 4242)
-    with pytest.raises(IdentityError, match="the file belongs to uid 4242"):
+    with pytest.raises(IdentityError, match=f"{path} belongs to uid 4242"):
         quarantine_file.read(path)
     os.chown(path, 0, 0)
     os.chown(path.parent, 4242, 4242)
-    with pytest.raises(IdentityError, match="its folder belongs to uid 4242"):
+    with pytest.raises(IdentityError, match=f"{path.parent} belongs to uid 4242"):
         quarantine_file.read(path)
     with pytest.raises(IdentityError, match="belongs to uid 4242"):
         add(path, CLI)
@@ -377,14 +377,31 @@ def test_a_file_or_folder_of_another_user_is_refused(path, monkeypatch):
         add(path, CLI)
 
 
-def test_a_folder_that_others_may_write_to_is_refused(path):
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_folder_that_others_may_write_to_is_refused(path, above):
+    path = path.parent / "deep" / "quarantine.json"
     add(path)
-    path.parent.chmod(0o770)
-    with pytest.raises(IdentityError, match=r"its folder \(mode 0770\)"):
-        quarantine_file.read(path)
-    with pytest.raises(IdentityError, match="others may write to"):
-        add(path, CLI)
-    path.parent.chmod(0o700)
+    folder = path.parents[above]
+    folder.chmod(0o770)
+    for use in (lambda: quarantine_file.read(path), lambda: add(path, CLI)):
+        with pytest.raises(IdentityError, match=f"{folder} has mode 0770: others can"):
+            use()
+    folder.chmod(0o700)
+    assert len(quarantine_file.read(path)) == 1
+
+
+def test_a_list_in_a_kubernetes_volume_is_read_and_edited_there_alone(path):
+    volume = path.parent / "volume"
+    version = volume / "..2026"
+    version.mkdir(parents=True)
+    add(path)
+    path.rename(version / path.name)
+    (volume / "..data").symlink_to("..2026")
+    listed = volume / path.name
+    listed.symlink_to(f"..data/{path.name}")
+    assert [one.subject for one in quarantine_file.read(listed)] == [SHOP]
+    with pytest.raises(IdentityError, match="is a link: edit what it leads to"):
+        add(listed, CLI)
 
 
 def test_an_error_of_the_system_names_the_file(path, monkeypatch):

@@ -38,8 +38,8 @@ class Entries:
     def __init__(self, *granted):
         self.granted = granted
 
-    def grants(self, process):
-        return self.granted
+    def grants(self, process, only=None):
+        return tuple(g for g in self.granted if only in (None, g.spiffe_id))
 
 
 def grant(text, **terms):

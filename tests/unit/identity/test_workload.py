@@ -637,3 +637,11 @@ def test_what_the_agent_says_is_one_line_of_a_log(hostile, source):
     for text in (source._problem, str(caught.value)):
         assert "\n" not in text
         assert len(text) < 600
+
+
+@pytest.mark.slow
+def test_a_socket_at_which_nobody_listens_is_named_in_plain_words(private, authority):
+    agent = HostileAgent(private / "agent.sock", authority, ME)
+    agent.kill()
+    with pytest.raises(IdentityError, match="nobody listens at its socket; is the"):
+        WorkloadSource(agent.socket, timeout_s=0.5)

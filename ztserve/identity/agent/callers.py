@@ -16,6 +16,8 @@ from ztserve.identity.agent.registration import Grant, Registry
 _LOG = logging.getLogger(__name__)
 
 MAX_STREAMS_OF_ONE = 32
+MAX_WHAT_CHARACTERS = 200
+"""Of what was issued, in the audit."""
 
 Entitled: TypeAlias = tuple[Process, tuple[Grant, ...]]
 
@@ -59,28 +61,35 @@ class Callers:
             return
         process, _ = self.entitled(context)
         with self._lock:
-            held = sum(one == process for one in self._streams.values())
-            if held < MAX_STREAMS_OF_ONE:
+            count = sum(one == process for one in self._streams.values())
+            if count < MAX_STREAMS_OF_ONE:
                 self._streams[turn] = process
-        if held >= MAX_STREAMS_OF_ONE:
+        if count >= MAX_STREAMS_OF_ONE:
             context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"process {process.pid} follows {held} streams, and may follow no more",
+                f"process {process.pid} follows {count} streams and may follow no more",
             )
+        held: tuple[Grant, ...] = ()
         try:
             while True:
                 turn.clear()  # before we look: what changes from now on comes again
                 if not context.is_active():
                     return
-                process, grants = self.entitled(context)
+                process, grants = self.entitled(context, held)
+                self._note_withdrawn(process, held, grants)
+                held = grants
                 yield process, grants
                 turn.wait(min(grant.ttl_s or ttl_s for grant in grants) / 2)
         finally:
             with self._lock:
                 del self._streams[turn]
 
-    def entitled(self, context: grpc.ServicerContext) -> Entitled:
+    def entitled(
+        self, context: grpc.ServicerContext, held: tuple[Grant, ...] = ()
+    ) -> Entitled:
         """Return the attested caller and its entitlements, or end the call.
+
+        `held` is what it was entitled to before.
 
         The caller takes no part in that (Workload Endpoint, section 5), but for the
         header that no browser or proxy can be made to send (section 3, W2).
@@ -101,7 +110,16 @@ class Callers:
         except CannotTell as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except IdentityError as error:
+            self._note_withdrawn(process, held, ())
             self.refuse(process, error, context)
+
+    def _note_withdrawn(
+        self, process: Process, held: tuple[Grant, ...], grants: tuple[Grant, ...]
+    ) -> None:
+        left = {grant.spiffe_id for grant in grants}
+        for grant in held:
+            if grant.spiffe_id not in left:
+                self._events.note("svid-withdrawn", process, id=grant.spiffe_id)
 
     def refuse(
         self,
@@ -118,6 +136,7 @@ class Callers:
         self, process: Process, grant: Grant, what: str, context: grpc.ServicerContext
     ) -> None:
         """Write that an SVID is about to be sent; end the call if that fails."""
+        what = f"{what:.{MAX_WHAT_CHARACTERS}}"  # an audience may be long
         try:
             self._events.tell("svid-issued", process, id=grant.spiffe_id, what=what)
         except ZTServeError as error:

@@ -189,8 +189,12 @@ class Delegation:
 
     # --- its registration entries -----------------------------------------------
 
-    def grants(self, process: Process) -> tuple[Grant, ...]:
+    def grants(
+        self, process: Process, only: SpiffeId | None = None
+    ) -> tuple[Grant, ...]:
         """Return what SPIRE's entries give to `process`, in SPIRE's order.
+
+        With `only`, no other ID than that.
 
         Raises CannotTell where SPIRE does not say, IdentityError where it lets us ask
         for nobody, or the process has ended.
@@ -206,7 +210,9 @@ class Delegation:
                 f"SPIRE at {self.socket} does not let this agent act for others: "
                 f"{self._denied}: name its SPIFFE ID in authorized_delegates"
             )
-        return subscription.grants
+        return tuple(
+            grant for grant in subscription.grants if only in (None, grant.spiffe_id)
+        )
 
     # --- its bundles of other trust domains -------------------------------------
 

@@ -67,6 +67,7 @@ class Agent:
         check: asked before a worker's claim is believed.
         federation: the bundles of other trust domains.
         extra_ops: further admin requests, by name, each given the whole request.
+        extra_status: what `status` is to tell besides; nothing secret.
         on_event: writes each registration, issue, refusal, alert and admin request;
             floods are counted. What it raises on purpose refuses what was to be done.
         on_stop: called, in a thread of its own, when an admin asks the agent to stop;
@@ -90,6 +91,7 @@ class Agent:
         check: Check = lambda _process, _spiffe_id: None,
         federation: FederatedBundles | None = None,
         extra_ops: Mapping[str, Operation] = MappingProxyType({}),
+        extra_status: Callable[[], Mapping[str, object]] = dict,
         on_event: OnEvent = lambda _kind, _fields: None,
         on_stop: Callable[[], None] | None = None,
     ) -> None:
@@ -104,6 +106,7 @@ class Agent:
         self._directory = directory
         self._rules = rules
         self._extra_ops = extra_ops
+        self._extra_status = extra_status
         self._on_stop = on_stop
         self._federation = federation = delegation or federation
         self._events = Events(on_event)
@@ -191,11 +194,13 @@ class Agent:
             "uptime_s": round(time.monotonic() - self._started, 3),
             "issued": self._callers.issued,
             "entries": None if entries is None else len(entries.entries),
+            "entries_problem": "" if entries is None else entries.problem,
             "spire": getattr(self._authority, "socket", None),
             "registrations": [
                 {"pid": process.pid, "id": str(spiffe_id)}
                 for process, spiffe_id in living.items()
             ],
+            **self._extra_status(),
         }
 
     def _follow_changes(self, undo: contextlib.ExitStack) -> None:

@@ -13,6 +13,7 @@ from ztserve.identity.agent.entries import MAX_BYTES, Entry, applicable, parse_e
 from ztserve.identity.agent.registration import Grant
 from ztserve.identity.agent.selectors import Selectors
 from ztserve.identity.guarded_files import read_guarded
+from ztserve.identity.spiffe_id import SpiffeId
 from ztserve.identity.subscribers import Subscribers
 
 _LOG = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class EntryFile:
         self.subscribe = self._changed.subscribe
         self._stamp = self._look()
         self._entries = self._read()
+        self.problem = ""
+        """Why the newest edit is not in force; empty if it is."""
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._follow, name="ztserve-entries", daemon=True
@@ -57,9 +60,16 @@ class EntryFile:
         """The entries in force."""
         return self._entries
 
-    def grants(self, process: Process) -> tuple[Grant, ...]:
-        """Return what applies to `process`; see `entries.applicable`."""
-        return applicable(self._entries, process, self._selectors, os.geteuid())
+    def grants(
+        self, process: Process, only: SpiffeId | None = None
+    ) -> tuple[Grant, ...]:
+        """Return what applies to `process`; see `entries.applicable`.
+
+        With `only`, what grants another ID is not looked at: what an entry that is
+        gone granted is withdrawn also while Ray cannot say what another asks for.
+        """
+        entries = (e for e in self._entries if only in (None, e.grant.spiffe_id))
+        return applicable(entries, process, self._selectors, os.geteuid())
 
     def follow(self) -> None:
         """Take up changes from now on, in a thread."""
@@ -88,8 +98,10 @@ class EntryFile:
             known = isinstance(error, ConfigError)
             why = str(error) if known else f"{self._path}: {error!r:.200}"
             _LOG.error("%s; the entries before stay in force", why)
+            self.problem = why
             self._tell("entries-refused", why)
             return
+        self.problem = ""
         self._changed.notify()
         self._tell("entries-loaded", f"{self._path}: {len(self._entries)} entries")
 

@@ -20,7 +20,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -44,6 +44,8 @@ _Handler: TypeAlias = Callable[
 _MAX_CONNECTIONS = 1024
 _MAX_CONNECTIONS_OF_ONE = 32
 _START_TIMEOUT_S = 10.0
+_CLAIMS, _OTHERS = 16, 4
+"""Admin requests that are answered at once: claims, which may ask Ray, and others."""
 _STOP_GRACE_S = 2.0
 _CHUNK = 64 * 1024
 
@@ -72,6 +74,8 @@ class Front:
         self._open: Counter[Process] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._answering: set[asyncio.Task[None]] = set()
+        self._claims = ThreadPoolExecutor(_CLAIMS, "ztserve-agent-claim")
+        self._others = ThreadPoolExecutor(_OTHERS, "ztserve-agent-admin")
         self._listening: Future[None] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
@@ -91,6 +95,8 @@ class Front:
                 self._loop.call_soon_threadsafe(self._ending.set)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        for threads in (self._claims, self._others):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def caller(self, peer: str) -> Process | None:
         """Return the process behind the address that gRPC saw, if we made it up."""
@@ -203,9 +209,11 @@ class Front:
     ) -> None:
         try:
             request = await self._request(reader)
-            # In a thread: it may ask Ray, and others want to be served meanwhile.
-            answer = await asyncio.to_thread(self._answer, process, request)
-            answer = {"ok": True, **answer}
+            # In a thread, and a claim not in that of others: it may ask Ray.
+            threads = self._claims if request.get("op") == "register" else self._others
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(threads, self._answer, process, request)
+            answer = {"ok": True, **found}
         except ZTServeError as error:
             answer = {"ok": False, "error": str(error)}
             _LOG.warning("admin request of process %d refused: %s", process.pid, error)

@@ -36,8 +36,13 @@ class Grant:
 class Entitlements(Protocol):
     """What registration entries say of a process (`entries.EntryFile`)."""
 
-    def grants(self, process: Process) -> tuple[Grant, ...]:
-        """Return what applies to `process`, the first entry first; may be empty."""
+    def grants(
+        self, process: Process, only: SpiffeId | None = None
+    ) -> tuple[Grant, ...]:
+        """Return what applies to `process`, the first entry first; may be empty.
+
+        With `only`, no other ID is of interest.
+        """
 
 
 class Registry:
@@ -101,9 +106,7 @@ class Registry:
         held = self.held(process)
         if held is None and self._rules.is_worker(process):
             raise IdentityError(f"process {process.pid} has registered no identity")
-        grants = self._entitled(process, self._entries)
-        if held is not None:
-            grants = tuple(grant for grant in grants if grant.spiffe_id == held)
+        grants = self._entitled(process, self._entries, only=held)
         if not grants:
             raise IdentityError(
                 f"no registration entry applies to process {process.pid}"
@@ -149,8 +152,10 @@ class Registry:
                 held = self._claims.get(process) or self._settle(process, held)
         return Grant(held)
 
-    def _entitled(self, process: Process, entries: Entitlements) -> tuple[Grant, ...]:
-        grants = entries.grants(process)
+    def _entitled(
+        self, process: Process, entries: Entitlements, only: SpiffeId | None
+    ) -> tuple[Grant, ...]:
+        grants = entries.grants(process, only)
         if not self._rules.is_worker(process):
             return grants
         return tuple(
@@ -167,7 +172,7 @@ class Registry:
     ) -> None:
         if self._rules.is_worker(process):
             self._rules.check_worker(process, spiffe_id)
-        if all(g.spiffe_id != spiffe_id for g in self._entitled(process, entries)):
+        if not self._entitled(process, entries, only=spiffe_id):
             raise IdentityError(
                 f"no registration entry makes process {process.pid} {spiffe_id}"
             )

@@ -49,6 +49,7 @@ class _Link:
     fetched_at: float | None = None
     """Monotonic seconds."""
     ended: threading.Event = field(default_factory=threading.Event)
+    storing: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Federation:
@@ -81,6 +82,8 @@ class Federation:
         store: Path | None = None,
         on_event: OnEvent = lambda *_: None,
     ) -> None:
+        self.problem = ""
+        """Why the newest edit of the relationships is not in force; empty if it is."""
         self._own = trust_domain_name(trust_domain)
         self._interval_s = interval_s
         self._bounds_s = bounds_s
@@ -209,8 +212,8 @@ class Federation:
             link.fetched_at = time.monotonic()
             if fetched == held:
                 return
-            if fetched is not None and link.relationship.file is None:
-                self._keep(fetched)
+        if fetched is not None and link.relationship.file is None:
+            self._keep(link, fetched)
         name = link.relationship.trust_domain
         if fetched is None:
             _LOG.warning("federation with %s: its bundle's file is gone", name)
@@ -256,24 +259,29 @@ class Federation:
     def _path(self, trust_domain: str) -> Path | None:
         return self._store and self._store / f"{trust_domain}.jwks"
 
-    def _keep(self, bundle: TrustBundle) -> None:
+    def _keep(self, link: _Link, bundle: TrustBundle) -> None:
         path = self._path(bundle.trust_domain)
         if path is None:
             return
-        try:
-            opened, written = tempfile.mkstemp(dir=path.parent)  # mode 0600
-            with os.fdopen(opened, "wb") as file:
-                file.write(bundle.jwks())
-            Path(written).replace(path)
-        except OSError as error:
-            _LOG.warning("%s: the bundle could not be stored: %s", path, error)
+        # A disk that stalls holds up this link alone, and whoever ends it.
+        with link.storing:
+            if link.ended.is_set():
+                return  # what was forgotten stays so
+            try:
+                opened, written = tempfile.mkstemp(dir=path.parent)  # mode 0600
+                with os.fdopen(opened, "wb") as file:
+                    file.write(bundle.jwks())
+                Path(written).replace(path)
+            except OSError as error:
+                _LOG.warning("%s: the bundle could not be stored: %s", path, error)
 
     def _forget(self, link: _Link) -> None:
         name = link.relationship.trust_domain
         path = self._path(name)
-        try:
-            if path is not None:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            _LOG.warning("%s: the bundle could not be forgotten: %s", path, error)
+        with link.storing:
+            try:
+                if path is not None:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                _LOG.warning("%s: the bundle could not be forgotten: %s", path, error)
         self._tell("bundle-dropped", {"trust_domain": name})

@@ -75,14 +75,14 @@ class RelationshipFile:
                     self._take(federation)
                     refused = False
                 if settled:
-                    problem = ""
+                    federation.problem = problem = ""
             except Exception as error:  # noqa: BLE001
                 # Whatever it is, the next edit, perhaps a withdrawal, is still to come.
                 why = _why(error, self._path)
                 if why != problem:  # once for each cause
                     _LOG.error("%s; the relationships before stay in force", why)
                     tell(self._on_event, "relationships-refused", {"reason": why})
-                problem = why
+                federation.problem = problem = why
 
     def _take(self, federation: Federation) -> None:
         relationships = _parse(self._raw, self._path)

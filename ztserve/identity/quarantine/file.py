@@ -1,13 +1,12 @@
 """The file that the quarantine is kept in: read strictly, replaced as a whole.
 
-Whoever may write to the file or its folder decides who is shut out: both must be ours
-(or root's) and closed to others' writing, and the file must be no link.
+Whoever may write to the file, its folder or one above decides who is shut out: all must
+be ours (or root's) and closed to others' writing (`guarded_files`).
 """
 
 import contextlib
 import fcntl
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ztserve import types
 from ztserve.errors import IdentityError
+from ztserve.identity.guarded_files import MissingFileError, read_guarded
 from ztserve.identity.quarantine.entry import (
     MAX_FILE_BYTES,
     Entry,
@@ -35,56 +35,30 @@ def read(path: Path) -> tuple[Entry, ...] | None:
     be.
     """
     try:
-        raw = _bytes(path)
-        if raw is None and _begun(path).exists():
+        raw = read_guarded(path, MAX_FILE_BYTES, secret=False)
+    except MissingFileError:
+        if _had_begun(path):
             raise IdentityError(
-                "is gone, and with it who was shut out; put it back, or, to let all in "
-                f"again, remove {_begun(path)} too"
-            )
-        return None if raw is None else parse(raw)
-    except OSError as error:
-        raise IdentityError(f"{path}: {error.strerror}") from error
+                f"{path} is gone, and with it who was shut out; put it back, or, to let"
+                f" all in again, remove {_begun(path)} too"
+            ) from None
+        return None
+    try:
+        return parse(raw)
     except IdentityError as error:
         raise IdentityError(f"{path}: {error}") from error
+
+
+def _had_begun(path: Path) -> bool:
+    try:
+        return _begun(path).exists()
+    except OSError as error:
+        raise IdentityError(f"{_begun(path)}: {error.strerror}") from error
 
 
 def _begun(path: Path) -> Path:
     """Return the file that says that there has been a list."""
     return path.with_name(f"{path.name}.begun")
-
-
-def _bytes(path: Path) -> bytes | None:
-    # Not through a link, and not blocking: a pipe in its place must hang nobody.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    if path.is_symlink():
-        raise IdentityError("is a symbolic link, expected the file itself")
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        return None
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise IdentityError("is not a regular file")
-        _check_owned(found, "the file")
-        _check_owned(path.parent.stat(), "its folder")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(raw) > MAX_FILE_BYTES:
-        raise IdentityError(f"is larger than {MAX_FILE_BYTES} bytes")
-    return raw
-
-
-def _check_owned(found: os.stat_result, what: str) -> None:
-    if found.st_uid not in (0, os.geteuid()):
-        raise IdentityError(f"{what} belongs to uid {found.st_uid}, expected ours")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise IdentityError(
-            f"others may write to {what} (mode {stat.S_IMODE(found.st_mode):04o}): "
-            "look for who did, then run chmod go-w"
-        )
 
 
 def add(path: Path, text: str, *, reason: str, by: str, on_event: OnEvent) -> Entry:
@@ -132,12 +106,13 @@ def _edit(
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.parent) as folder:
             found = os.fstat(folder)
-            _check_owned(found, str(path.parent))
             if found.st_uid != os.geteuid():
                 raise IdentityError(
                     f"{path.parent} belongs to uid {found.st_uid}, who could not read "
                     f"what uid {os.geteuid()} writes there: run this as that user"
                 )
+            if path.is_symlink():
+                raise IdentityError(f"{path} is a link: edit what it leads to")
             entries = changed(read(path) or ())
             _begun(path).touch(mode=0o600)
             _replace(path, entries, folder)
