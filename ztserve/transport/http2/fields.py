@@ -1,0 +1,258 @@
+"""Header fields: read from HPACK and judged, and written (RFC 9113, 8; RFC 7541).
+
+Reading is hpack's. Blocks that leave the dynamic table as it was are remembered by
+their bytes: until the table changes, the same bytes mean the same fields. Writing
+never uses the dynamic table, so that a block can be made once and sent on every
+connection.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from hpack import Decoder
+from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hpack.table import HeaderTable
+
+from ztserve.transport.http2.errors import FatalError, StreamError, calm
+from ztserve.transport.http2.frames import Code
+
+Fields: TypeAlias = tuple[tuple[bytes, bytes], ...]
+"""Names and values, pseudo-header fields excluded, in the order of arrival."""
+Block: TypeAlias = bytes
+"""Fields as they are sent."""
+_Head = TypeVar("_Head", bound="Request | Response")
+
+MAX_REMEMBERED = 64
+"""Blocks whose meaning is kept, on one connection."""
+
+_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_VALUE = re.compile(
+    rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*"
+    rb"[\x21-\x7e\x80-\xff])?)?"
+)
+_LENGTH = re.compile(rb"[0-9]{1,15}")
+_PATH = re.compile(rb"/[\x21-\x7e]*|\*")
+_CONNECTION = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+"""Fields of one hop in HTTP/1.1, which HTTP/2 does not have (section 8.2.2)."""
+_REQUEST = frozenset((b":method", b":scheme", b":authority", b":path"))
+_RESPONSE = frozenset((b":status",))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The head of a request (section 8.3.1)."""
+
+    method: bytes
+    scheme: bytes
+    authority: bytes
+    path: bytes
+    fields: Fields
+    content_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The head of a response (section 8.3.2); 100 to 199: another one follows."""
+
+    status: int
+    fields: Fields
+    content_length: int | None = None
+
+
+class FieldReader(Generic[_Head]):
+    """Reads the heads of one kind, and trailers, from one connection's blocks."""
+
+    def __init__(self, kind: type[_Head], max_list_bytes: int) -> None:
+        self._kind: Any = _request if kind is Request else _response
+        self._decoder = Decoder(max_header_list_size=max_list_bytes)
+        self._decoder.header_table = self._table = _Table()
+        self._known: dict[bytes, _Head] = {}
+
+    def head(self, block: bytes) -> _Head:
+        """Return the head that `block` says. Raises StreamError, FatalError."""
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        listed = self._listed(block)
+        found: _Head = self._kind(listed)
+        if not self._table.changed:
+            if len(self._known) >= MAX_REMEMBERED:
+                self._known.clear()
+            self._known[block] = found
+        return found
+
+    def trailers(self, block: bytes) -> Fields:
+        """Return the trailers that `block` says; raises as `head` does."""
+        listed = self._listed(block)
+        for name, value in listed:
+            _check(name, value)
+        return tuple(listed)
+
+    def skip(self, block: bytes) -> None:
+        """Read a block for the table's sake alone. Raises FatalError."""
+        self._listed(block)
+
+    def _listed(self, block: bytes) -> list[tuple[bytes, bytes]]:
+        self._table.changed = False
+        try:
+            listed = self._decoder.decode(block, raw=True)
+        except OversizedHeaderListError as error:
+            # What is left of the block was not read, and the table with it.
+            most = self._decoder.max_header_list_size
+            raise calm(f"a header list over {most} bytes") from error
+        except (HPACKError, IndexError, ValueError) as error:
+            raise FatalError(Code.COMPRESSION_ERROR, f"{error}"[:200]) from error
+        if self._table.changed:
+            self._known.clear()
+        return [(bytes(name), bytes(value)) for name, value in listed]
+
+
+class _Table(HeaderTable):
+    """A table that tells whether a block changed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed = False
+
+    def add(self, name: bytes, value: bytes) -> None:
+        self.changed = True
+        super().add(name, value)
+
+    @property
+    def maxsize(self) -> int:
+        return self._maxsize
+
+    @maxsize.setter
+    def maxsize(self, size: int) -> None:
+        self.changed = True
+        HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]
+
+
+def _request(listed: list[tuple[bytes, bytes]]) -> Request:
+    pseudo, fields, length = _sorted(listed, _REQUEST)
+    try:
+        method, scheme = pseudo[b":method"], pseudo[b":scheme"]
+        path = pseudo[b":path"]
+    except KeyError as error:
+        raise _malformed(f"no {error.args[0]!r}") from error
+    authority = pseudo.get(b":authority", b"")
+    if not _NAME.fullmatch(method.lower()):
+        raise _malformed(f":method {method[:80]!r}")
+    if scheme not in (b"https", b"http") or not _PATH.fullmatch(path):
+        raise _malformed(f":scheme {scheme[:80]!r}, :path {path[:80]!r}")
+    hosts = {value for name, value in fields if name == b"host"}
+    if hosts and hosts != {authority or next(iter(hosts))}:
+        raise _malformed("host differs from :authority")
+    return Request(method, scheme, authority, path, fields, length)
+
+
+def _response(listed: list[tuple[bytes, bytes]]) -> Response:
+    pseudo, fields, length = _sorted(listed, _RESPONSE)
+    status = pseudo.get(b":status", b"")
+    if len(status) != 3 or not status.isdigit() or not b"100" <= status < b"600":
+        raise _malformed(f":status {status[:80]!r}")
+    if status == b"101":  # which HTTP/2 does not have (section 8.6)
+        raise _malformed(":status 101")
+    return Response(int(status), fields, length)
+
+
+def _sorted(
+    listed: list[tuple[bytes, bytes]], known: frozenset[bytes]
+) -> tuple[dict[bytes, bytes], Fields, int | None]:
+    """Split pseudo-header fields from the others, which follow them (section 8.3)."""
+    pseudo: dict[bytes, bytes] = {}
+    count = 0
+    for name, value in listed:
+        if name[:1] != b":":
+            break
+        if name not in known or name in pseudo:
+            raise _malformed(f"pseudo-header field {name[:80]!r}")
+        if not _VALUE.fullmatch(value):
+            raise _malformed(f"the value of {name[:80]!r}")
+        pseudo[name] = value
+        count += 1
+    fields = tuple(listed[count:])
+    length: int | None = None
+    for name, value in fields:
+        _check(name, value)
+        if name == b"content-length":
+            if (
+                not value.isdigit()
+                or len(value) > 15
+                or length not in (None, int(value))
+            ):
+                raise _malformed(f"content-length {value[:80]!r}")
+            length = int(value)
+    return pseudo, fields, length
+
+
+def _check(name: bytes, value: bytes) -> None:
+    """Refuse a field that is malformed (sections 8.2.1 and 8.2.2)."""
+    if not _NAME.fullmatch(name):
+        raise _malformed(f"field name {name[:80]!r}")
+    if not _VALUE.fullmatch(value):
+        raise _malformed(f"the value of {name[:80]!r}")
+    if name in _CONNECTION or (name == b"te" and value != b"trailers"):
+        raise _malformed(f"field {name[:80]!r}: {value[:80]!r}")
+
+
+def _malformed(reason: str) -> StreamError:
+    return StreamError(Code.PROTOCOL_ERROR, reason)
+
+
+# --- writing --------------------------------------------------------------------
+
+_INDEX = {entry: at for at, entry in enumerate(HeaderTable.STATIC_TABLE, 1)}
+_NAME_INDEX: dict[bytes, int] = {}
+for _at, (_name, _) in enumerate(HeaderTable.STATIC_TABLE, 1):
+    _NAME_INDEX.setdefault(_name, _at)
+_SECRET = frozenset(
+    (b"authorization", b"cookie", b"set-cookie", b"proxy-authorization")
+)
+
+
+def encode(fields: Iterable[tuple[bytes, bytes]]) -> Block:
+    """Return `fields` as a block that means the same on every connection.
+
+    By the static table where it has them, and literal, not indexed, where not; what
+    no intermediary may index either says so (RFC 7541, sections 6.1, 6.2.2, 6.2.3).
+    """
+    out = bytearray()
+    for name, value in fields:
+        index = _INDEX.get((name, value))
+        if index is not None:
+            out += _integer(index, 7, 0x80)
+            continue
+        first = 0x10 if name in _SECRET or name.endswith(b"-bin") else 0x00
+        known = _NAME_INDEX.get(name)
+        if known is not None:
+            out += _integer(known, 4, first)
+        else:
+            out.append(first)
+            out += _integer(len(name), 7, 0) + name
+        out += _integer(len(value), 7, 0) + value
+    return bytes(out)
+
+
+def _integer(value: int, bits: int, first: int) -> bytes:
+    """Return an integer with a prefix of `bits` (RFC 7541, section 5.1)."""
+    most = (1 << bits) - 1
+    if value < most:
+        return bytes((first | value,))
+    out = bytearray((first | most,))
+    value -= most
+    while value >= 0x80:
+        out.append(0x80 | value & 0x7F)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,133 @@
+"""Bytes to frames: the preface, the framing, and header blocks made whole."""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from ztserve.transport.http2 import frames
+from ztserve.transport.http2.bounds import Bounds
+from ztserve.transport.http2.errors import FatalError, calm, missized, offence
+
+Frame: TypeAlias = tuple[int, int, int, bytes]
+"""Kind, flags, stream and payload. That of HEADERS is the whole block, and nothing
+else: padding, priority and CONTINUATION frames are dealt with."""
+
+
+class Intake:
+    """Cuts what arrives into frames, none of them larger than the bounds allow."""
+
+    __slots__ = ("_block", "_bounds", "_buffer", "_more", "_preface", "_settings")
+
+    def __init__(self, bounds: Bounds, *, preface: bool) -> None:
+        self._bounds = bounds
+        self._buffer = bytearray()
+        self._preface = preface
+        """Whether the preface of a client is still to come."""
+        self._settings = True
+        """Whether the first frame is, which is SETTINGS (section 3.4)."""
+        self._block: tuple[int, int, bytearray] | None = None
+        """Flags, stream and what there is of a block that is not complete."""
+        self._more = 0
+        """CONTINUATION frames of it."""
+
+    def frames(self, data: bytes) -> Iterator[Frame]:
+        """Yield each frame that is complete with `data`. Raises FatalError."""
+        buffer: bytes | bytearray = data
+        if self._buffer or self._preface:
+            self._buffer += data
+            buffer = self._buffer
+        if self._preface:
+            self._take_preface()
+            if self._preface:
+                return
+        at, size = 0, len(buffer)
+        while size - at >= frames.HEADER_BYTES:
+            begin = at + frames.HEADER_BYTES
+            kind, flags = buffer[at + 3], buffer[at + 4]
+            end = begin + self._length(buffer, at, kind, flags)
+            if end > size:
+                break
+            stream_id = int.from_bytes(buffer[at + 5 : begin], "big") & 0x7FFFFFFF
+            payload = bytes(buffer[begin:end])
+            at = end
+            if kind == frames.HEADERS or self._block is not None:
+                whole = self._assembled(kind, flags, stream_id, payload)
+                if whole is not None:
+                    yield whole
+            else:
+                yield kind, flags, stream_id, payload
+        if buffer is self._buffer:
+            del self._buffer[:at]
+        elif at < size:
+            self._buffer += buffer[at:]
+
+    def _length(self, buffer: bytes | bytearray, at: int, kind: int, flags: int) -> int:
+        length = buffer[at] << 16 | buffer[at + 1] << 8 | buffer[at + 2]
+        if length > self._bounds.max_frame_bytes:
+            raise missized(
+                f"a frame of {length} bytes, at most {self._bounds.max_frame_bytes}"
+            )
+        if self._settings:
+            if kind != frames.SETTINGS or flags & frames.ACK:
+                raise offence("the first frame is not SETTINGS")
+            self._settings = False
+        return length
+
+    def _take_preface(self) -> None:
+        given = bytes(self._buffer[: len(frames.PREFACE)])
+        if not frames.PREFACE.startswith(given):
+            raise offence("not the preface of an HTTP/2 client")
+        if len(given) == len(frames.PREFACE):
+            self._preface = False
+            del self._buffer[: len(given)]
+
+    def _assembled(
+        self, kind: int, flags: int, stream_id: int, payload: bytes
+    ) -> Frame | None:
+        """Return a HEADERS frame with its whole block, None where more is to come."""
+        if self._block is None:
+            block = _stripped(flags, payload)
+            self._check_size(len(block))
+            if flags & frames.END_HEADERS:
+                return frames.HEADERS, flags, stream_id, block
+            if stream_id == 0:
+                raise offence("HEADERS on stream 0")
+            self._block, self._more = (flags, stream_id, bytearray(block)), 0
+            return None
+        first_flags, first_id, gathered = self._block
+        if kind != frames.CONTINUATION or stream_id != first_id:
+            raise offence("a header block is not complete, and something else follows")
+        self._more += 1
+        if self._more > self._bounds.max_continuations:
+            raise calm("too many CONTINUATION frames")
+        self._check_size(len(gathered) + len(payload))
+        gathered += payload
+        if not flags & frames.END_HEADERS:
+            return None
+        self._block = None
+        return frames.HEADERS, first_flags, first_id, bytes(gathered)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._bounds.max_header_bytes:
+            raise calm(f"a header block over {self._bounds.max_header_bytes} bytes")
+
+
+def _stripped(flags: int, payload: bytes) -> bytes:
+    """Return a HEADERS payload without padding and priority (section 6.2)."""
+    if flags & frames.PADDED:
+        payload = unpadded(payload)
+    if flags & frames.PRIORITIZED:
+        if len(payload) < 5:
+            raise missized("HEADERS is cut short")
+        payload = payload[5:]
+    return payload
+
+
+def unpadded(payload: bytes) -> bytes:
+    """Return a payload without its padding (section 6.1). Raises FatalError."""
+    if not payload:
+        raise missized("a padded frame that is empty")
+    if payload[0] >= len(payload):
+        raise FatalError(
+            frames.Code.PROTOCOL_ERROR, "padding that is longer than its frame"
+        )
+    return payload[1 : len(payload) - payload[0]]

@@ -1,0 +1,161 @@
+"""What is to be sent: blocks and data, within the peer's windows (RFC 9113, 5.2)."""
+
+from collections.abc import Iterable
+
+from ztserve.transport.http2 import frames
+from ztserve.transport.http2.errors import FatalError, StreamError
+from ztserve.transport.http2.fields import Block
+from ztserve.transport.http2.frames import Code
+
+_NO_TABLE = b"\x20"
+"""A dynamic table of 0 bytes fits into any that a peer allows (RFC 7541, 4.2, 6.3)."""
+_TURN_BYTES = 64 * 1024
+"""Of one stream, before another has its turn."""
+
+
+class Outgoing:
+    """Our half of a stream."""
+
+    __slots__ = ("ended", "ends", "id", "pending", "trailers", "window")
+
+    def __init__(self, stream_id: int, window: int) -> None:
+        self.id = stream_id
+        self.window = window
+        """Bytes that the peer takes on this stream."""
+        self.pending = bytearray()
+        """Bytes that no window has room for yet."""
+        self.trailers: Block | None = None
+        """What follows them."""
+        self.ends = False
+        """Whether our end follows what is pending."""
+        self.ended = False
+
+
+class Outbox:
+    """The frames that are to be sent, in order, and those that wait for a window."""
+
+    def __init__(self, max_frame_bytes: int) -> None:
+        self._max_frame_bytes = max_frame_bytes
+        self._frame = frames.LEAST_FRAME_BYTES
+        self._window = frames.DEFAULT_WINDOW
+        self._stream_window = frames.DEFAULT_WINDOW
+        self._blocked: dict[int, Outgoing] = {}
+        self._table_due = True
+        """Whether to say in the next block that we use no dynamic table."""
+        self._frames: list[bytes] = []
+        self.add = self._frames.append
+        """Send one frame, whole, before all that waits."""
+
+    def take(self) -> bytes:
+        """Return what is to be sent now, and forget it."""
+        out = b"".join(self._frames)
+        self._frames.clear()
+        return out
+
+    def stream(self, stream_id: int) -> Outgoing:
+        """Return our half of a new stream."""
+        return Outgoing(stream_id, self._stream_window)
+
+    def forget(self, stream_id: int) -> None:
+        """Send nothing of a stream that waits."""
+        self._blocked.pop(stream_id, None)
+
+    # --- what a stream sends ----------------------------------------------------
+
+    def block(self, half: Outgoing, block: Block, *, end: bool) -> None:
+        """Send a head or trailers, after what waits of the same stream."""
+        if half.pending:
+            half.trailers, half.ends = block, end
+            return
+        if self._table_due:
+            block, self._table_due = _NO_TABLE + block, False
+        most, flags = self._frame, frames.END_STREAM if end else 0
+        half.ended = end
+        if len(block) <= most:
+            flags |= frames.END_HEADERS
+            self.add(frames.frame(frames.HEADERS, flags, half.id, block))
+            return
+        self.add(frames.frame(frames.HEADERS, flags, half.id, block[:most]))
+        for at in range(most, len(block), most):
+            flags = frames.END_HEADERS if at + most >= len(block) else 0
+            piece = block[at : at + most]
+            self.add(frames.frame(frames.CONTINUATION, flags, half.id, piece))
+
+    def data(self, half: Outgoing, data: bytes, *, end: bool) -> None:
+        """Send `data` as far as the windows have room, the rest when they have."""
+        half.ends = end
+        size = len(data)
+        if not half.pending and size <= self._window and size <= half.window:
+            self._send(half, data, end=end)  # nearly always
+            return
+        half.pending += data
+        self._flush(half)
+
+    def _send(self, half: Outgoing, data: bytes, *, end: bool) -> None:
+        """Send `data`, for which there is room."""
+        size, most = len(data), self._frame
+        self._window -= size
+        half.window -= size
+        half.ended = end
+        at = 0
+        while size - at > most:
+            self.add(frames.head(frames.DATA, 0, half.id, most))
+            self.add(data[at : at + most])
+            at += most
+        flags = frames.END_STREAM if end else 0
+        self.add(frames.head(frames.DATA, flags, half.id, size - at))
+        self.add(data[at:] if at else data)
+
+    def _flush(self, half: Outgoing, most: int = frames.MOST_WINDOW) -> bool:
+        """Send at most `most` bytes of what waits; return whether any were sent."""
+        room = max(0, min(self._window, half.window, len(half.pending), most))
+        rest = len(half.pending) - room
+        ends = half.ends and half.trailers is None and not rest
+        if room or ends:
+            self._send(half, bytes(half.pending[:room]), end=ends)
+            del half.pending[:room]
+        if rest:
+            self._blocked[half.id] = half
+            return room > 0
+        self._blocked.pop(half.id, None)
+        if half.trailers is not None:
+            self.block(half, half.trailers, end=half.ends)
+        return True
+
+    # --- what the peer allows ---------------------------------------------------
+
+    def flush(self) -> list[Outgoing]:
+        """Send what there is room for, each stream in turn; return those now done."""
+        waiting = list(self._blocked.values())
+        sent = True
+        while sent and self._blocked and self._window > 0:
+            sent = False
+            for half in list(self._blocked.values()):
+                sent = self._flush(half, _TURN_BYTES) or sent
+        return [half for half in waiting if half.id not in self._blocked]
+
+    def widen(self, increment: int) -> None:
+        """Let all streams together send more. Raises FatalError."""
+        self._window += increment
+        if self._window > frames.MOST_WINDOW:
+            raise FatalError(Code.FLOW_CONTROL_ERROR, "a window overflows")
+
+    def widen_stream(self, half: Outgoing, increment: int) -> None:
+        """Let one stream send more. Raises StreamError."""
+        half.window += increment
+        if half.window > frames.MOST_WINDOW:
+            raise StreamError(Code.FLOW_CONTROL_ERROR, "a window overflows")
+
+    def set_stream_window(self, size: int, halves: Iterable[Outgoing]) -> None:
+        """Have new streams begin with `size`, and change all others as much (6.9.2)."""
+        if size > frames.MOST_WINDOW:
+            raise FatalError(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE {size}")
+        more, self._stream_window = size - self._stream_window, size
+        for half in halves:
+            half.window += more
+            if half.window > frames.MOST_WINDOW:
+                raise FatalError(Code.FLOW_CONTROL_ERROR, "a window overflows")
+
+    def set_frame_bytes(self, size: int) -> None:
+        """Send frames of at most `size` bytes; not larger than we ourselves take."""
+        self._frame = min(size, self._max_frame_bytes)
