@@ -31,7 +31,7 @@ class Stream(Protocol[_Message_co]):
 
 
 class Feed(Generic[_Message]):
-    """What `connect` streams, given to `take` by a daemon thread, until `close`.
+    """What `connect` streams, given to `take` by a daemon thread: `start` to `close`.
 
     What `take` refuses with IdentityError is logged, and what was taken before stays.
     `denied` is called when the other side says PERMISSION_DENIED. A stream that ends
@@ -54,6 +54,9 @@ class Feed(Generic[_Message]):
         self._stream: Stream[_Message] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin. Raises RuntimeError where there can be no more threads."""
         self._thread.start()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _SECRET = _WRITABLE | stat.S_IROTH
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
+_MAX_LINKS = 40
 _VERSION = re.compile(r"\.\.[0-9A-Za-z_-][0-9A-Za-z_.-]*")
 
 
@@ -96,15 +97,35 @@ def _follow(
 
 
 def _check_ancestors(path: Path) -> None:
-    """Refuse a path that somebody else can bend: as given, and where it leads."""
-    given = path.parent.absolute()
-    resolved = Path(os.path.realpath(given, strict=True))
-    for place in {given, *given.parents, resolved, *resolved.parents}:
-        found = place.lstat()
-        _check_owner(place, found)
-        # In a sticky directory nobody can rename what is another's.
-        if stat.S_ISDIR(found.st_mode) and not found.st_mode & stat.S_ISVTX:
-            _check_mode(place, found, _WRITABLE)
+    """Refuse a path that somebody else can bend: each directory and link on its way."""
+    place = Path("/")
+    _check_place(place)
+    ahead = list(reversed(path.parent.absolute().parts[1:]))
+    links = 0
+    while ahead:
+        name = ahead.pop()
+        here = place.parent if name == ".." else place / name
+        target = _check_place(here)
+        if target is None:
+            place = here
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        place = Path("/") if target.is_absolute() else place
+        ahead.extend(reversed(target.parts[target.is_absolute() :]))
+
+
+def _check_place(place: Path) -> Path | None:
+    """Check a directory or a link; return where the latter leads."""
+    found = place.lstat()
+    _check_owner(place, found)
+    if stat.S_ISLNK(found.st_mode):
+        return place.readlink()
+    # In a sticky directory nobody can rename what is another's.
+    if stat.S_ISDIR(found.st_mode) and not found.st_mode & stat.S_ISVTX:
+        _check_mode(place, found, _WRITABLE)
+    return None
 
 
 def _check_mode(path: Path, found: os.stat_result, forbidden: int) -> None:

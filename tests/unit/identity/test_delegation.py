@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import grpc
 import pytest
 
 from tests.unit.identity.federated import until
@@ -21,7 +25,7 @@ from ztserve.identity import (
     register,
     verify_peer,
 )
-from ztserve.identity.agent import attestation, delegation, spire
+from ztserve.identity.agent import attestation, delegation, spire, subscription
 from ztserve.identity.agent.delegation import Delegation
 from ztserve.identity.v1 import delegated_identity_pb2 as messages
 from ztserve.testing import SimulatedSpire, ThrowAwayAuthority
@@ -260,7 +264,7 @@ def test_what_no_peer_would_believe_is_not_handed_on(
 def test_too_many_svids_are_refused_and_the_former_stay(upstream, broker, monkeypatch):
     upstream.add(ME, UID)
     with WorkloadSource(broker.socket) as source:
-        monkeypatch.setattr(delegation, "MAX_SVIDS", 1)
+        monkeypatch.setattr(subscription, "MAX_SVIDS", 1)
         upstream.add(OTHER, UID)
         time.sleep(0.3)
         assert source.current().svid.id == ME
@@ -319,14 +323,17 @@ def test_tokens_are_spires_and_verified_before_they_are_handed_on(upstream, brok
 def test_a_token_of_another_authority_is_not_handed_on(upstream, broker, monkeypatch):
     upstream.add(ME, UID)
     with WorkloadSource(broker.socket):
-        made = broker.delegation
+        made, me = broker.delegation, attestation.this_process()
         monkeypatch.setattr(upstream.authority, "issue_jwt", FOREIGN.issue_jwt)
         with pytest.raises(IdentityError, match="from SPIRE: JWT-SVID"):
-            made.issue_jwt(ME, ["a"])
+            made.token(me, SpiffeId(ME), ["a"])
         with pytest.raises(IdentityError, match="several audiences"):
-            made.issue_jwt(ME, ["a", "b"])
-        with pytest.raises(IdentityError, match="to no process of this node"):
-            made.issue_jwt(OTHER, ["a"])
+            made.token(me, SpiffeId(ME), ["a", "b"])
+        with pytest.raises(IdentityError, match=f"sent no JWT-SVID of {OTHER}"):
+            made.token(me, SpiffeId(OTHER), ["a"])
+        upstream.remove(ME)
+        with pytest.raises(IdentityError, match="PERMISSION_DENIED: no identity"):
+            made.token(me, SpiffeId(ME), ["a"])
 
 
 def test_bundles_of_others_go_where_the_entry_federates(upstream, broker):
@@ -344,15 +351,11 @@ def test_a_partners_broken_bundle_takes_its_own_domain_away_alone(upstream, brok
     upstream.federate(ELSEWHERE.trust_bundle())
     with WorkloadSource(broker.socket) as source:
         until(lambda: "b.example" in source.current().bundles)
-        sound = spire.read_bundles
-
-        def broken(own, x509, jwt):
-            return sound(own, {**x509, "spiffe://b.example": b"junk"}, jwt)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(delegation, "read_bundles", broken)
-            upstream.rotate()
-            until(lambda: set(source.current().bundles) == {"td.example"})
+        upstream._foreign["b.example"] = SimpleNamespace(
+            trust_domain="b.example", x509_authorities=(b"junk",), jwt_authorities={}
+        )
+        upstream.rotate()
+        until(lambda: set(source.current().bundles) == {"td.example"})
 
 
 def test_no_worker_becomes_the_gateway_whatever_spires_entries_say(upstream, private):
@@ -405,3 +408,177 @@ def test_entries_or_federation_beside_spires_are_refused(broker, private):
     for beside in ({"entries": private / "e.toml"}, {"federation": broker.delegation}):
         with pytest.raises(IdentityError, match="SPIRE's entries and bundles hold"):
             Agent(broker.delegation, private, rules, **beside)
+
+
+class Half(SimulatedSpire):
+    """A SPIRE whose stream of SVIDs can be denied or silent while bundles come."""
+
+    svids_denied = False
+    silent = False
+
+    def _svids(self, request, context):
+        for answer in super()._svids(request, context):
+            if self.svids_denied:
+                context.abort(grpc.StatusCode.PERMISSION_DENIED, "not these")
+            if not self.silent:
+                yield answer
+
+
+@pytest.fixture
+def half(private):
+    authority = ThrowAwayAuthority("td.example")
+    with Half(private / "half.sock", authority) as running:
+        running.authority = authority
+        yield running
+
+
+def looks(made, seconds=0.6):
+    """What this process is granted, at each look for a while."""
+    found, until_ = set(), time.monotonic() + seconds
+    while time.monotonic() < until_:
+        try:
+            found |= {g.spiffe_id for g in made.grants(attestation.this_process())}
+        except IdentityError:
+            found.add(None)
+        time.sleep(0.01)
+    return found
+
+
+def test_what_was_withdrawn_while_we_were_denied_does_not_come_back(half, private):
+    half.add(ME, UID)
+    with delegating(half, private) as agent, WorkloadSource(agent.socket) as source:
+        half.authorized = False
+        until(lambda: gone(source))
+        until(lambda: looks(agent.delegation, 0.05) == {None})
+        half.silent = True
+        half.remove(ME)
+        half.authorized = True
+        assert ME not in looks(agent.delegation)
+
+
+def test_a_denied_stream_gives_nothing_however_many_bundles_come(half, private):
+    half.add(ME, UID)
+    with delegating(half, private) as agent, WorkloadSource(agent.socket) as source:
+        half.svids_denied = True
+        half.rotate()
+        until(lambda: gone(source))
+        for _ in range(5):
+            half.rotate()
+            assert looks(agent.delegation, 0.1) == {None}
+        half.svids_denied = False
+        until(lambda: not gone(source))
+
+
+def test_a_stream_that_is_denied_takes_nothing_from_the_others(half, private, child):
+    half.add(ME, UID)
+    kinds = [("ray:node:a",), ("ray:node:b",)]
+    mine = attestation.this_process()
+
+    def further(process):
+        return kinds[process != mine]
+
+    other = replace(mine, pid=child.pid, started=attestation._stat(child.pid)[1])
+    with delegating(half, private, further=further) as agent:
+        made = agent.delegation
+        assert made.grants(mine)
+        assert made.grants(other)
+        one = made._subscription(other)
+        one._deny("for a moment")
+        with pytest.raises(IdentityError, match="for a moment"):
+            made.grants(other)
+        assert [grant.spiffe_id for grant in made.grants(mine)] == [ME]
+
+
+def test_two_entries_of_one_id_keep_their_keys_apart(private, child):
+    """SPIRE may have an ID twice, with other selectors; so may its answers."""
+    authority = ThrowAwayAuthority("td.example")
+    mine = attestation.this_process()
+    other = replace(mine, pid=child.pid, started=attestation._stat(child.pid)[1])
+    svids = {}
+
+    class Twice(SimulatedSpire):
+        def _matching(self, selectors):
+            node = "a" if "ray:node:a" in selectors else "b"
+            svid = svids.setdefault(node, authority.issue(ME))
+            (entry,) = super()._matching(selectors)
+            return [replace(entry, svid=svid)]
+
+    def further(process):
+        return ("ray:node:a",) if process == mine else ("ray:node:b",)
+
+    with Twice(private / "twice.sock", authority) as upstream:
+        upstream.add(ME, UID)
+        with delegating(upstream, private, further=further) as agent:
+            made, name = agent.delegation, SpiffeId(ME)
+            assert made.grants(mine)
+            assert made.grants(other)
+            assert made.svid(mine, name).serial == svids["a"].serial
+            assert made.svid(other, name).serial == svids["b"].serial
+
+
+def test_a_thread_that_cannot_start_costs_one_question_alone(upstream, broker):
+    upstream.add(ME, UID)
+    made, me = broker.delegation, attestation.this_process()
+
+    def full(_self):
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        with pytest.raises(attestation.CannotTell, match="can't start new thread"):
+            made.grants(me)
+    assert [grant.spiffe_id for grant in made.grants(me)] == [ME]
+
+
+def test_an_svid_that_is_refused_again_and_again_is_told_once(upstream, broker, events):
+    upstream.add(ME, UID)
+    upstream.lie = edited(another_key)
+    refused(broker, "no registration entry applies")
+    for _ in range(20):
+        upstream.lie = upstream.lie
+    time.sleep(0.5)
+    assert len(events) == 1
+
+
+def test_an_answer_that_changes_nothing_wakes_nobody(upstream, broker):
+    upstream.add(ME, UID)
+    told = []
+    with WorkloadSource(broker.socket):
+        broker.delegation.subscribe(lambda: told.append(1))
+        upstream._notify()  # all is sent again
+        time.sleep(0.3)
+        assert told == []
+        upstream.rotate()
+        until(lambda: told)
+
+
+def test_bundles_without_our_own_are_no_bundles(upstream, broker):
+    upstream.add(ME, UID)
+    own = upstream.authority.bundle
+    with WorkloadSource(broker.socket) as source, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "_bundles", lambda: (ELSEWHERE.trust_bundle(),))
+        upstream.rotate()
+        time.sleep(0.3)
+        assert broker.delegation.bundle == own
+        assert source.current().bundles["td.example"] == own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "_bundles", lambda: (ELSEWHERE.trust_bundle(),))
+        with pytest.raises(IdentityError, match=r"SPIRE sent no bundle of td\.example"):
+            Delegation(upstream.socket, "td.example", timeout_s=0.5)
+
+
+def test_a_partner_with_an_illegal_name_is_left_out_alone(upstream):
+    roots = b"".join(upstream.authority.bundle)
+    found = spire.read_bundles(
+        "td.example", {"spiffe://td.example": roots, "spiffe://B.example": roots}, {}
+    )
+    assert set(found) == {"td.example"}
+    many = {f"spiffe://d{n}.example": roots for n in range(64)}
+    with pytest.raises(IdentityError, match="over 64 trust domains"):
+        spire.read_bundles("td.example", {"spiffe://td.example": roots, **many}, {})
+
+
+def test_a_closed_delegation_asks_nothing_more(upstream, broker):
+    broker.delegation.close()
+    with pytest.raises(attestation.CannotTell):
+        broker.delegation.grants(attestation.this_process())

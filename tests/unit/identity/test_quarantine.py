@@ -390,7 +390,8 @@ def test_a_folder_that_others_may_write_to_is_refused(path, above):
     assert len(quarantine_file.read(path)) == 1
 
 
-def test_a_list_in_a_kubernetes_volume_is_read_and_edited_there_alone(path):
+@pytest.mark.slow
+def test_a_list_in_a_kubernetes_volume_is_followed_and_edited_there_alone(path):
     volume = path.parent / "volume"
     version = volume / "..2026"
     version.mkdir(parents=True)
@@ -402,6 +403,52 @@ def test_a_list_in_a_kubernetes_volume_is_read_and_edited_there_alone(path):
     assert [one.subject for one in quarantine_file.read(listed)] == [SHOP]
     with pytest.raises(IdentityError, match="is a link: edit what it leads to"):
         add(listed, CLI)
+    with Quarantine.open(listed) as quarantine:
+        assert refuses(quarantine, peer(SHOP))
+        assert not refuses(quarantine, peer(CLI))
+        # kubelet's way: a new directory beside the old one, then one rename.
+        newer = volume / "..2027"
+        newer.mkdir()
+        another = path.parent / "another" / path.name
+        add(another, CLI)
+        another.rename(newer / path.name)
+        (volume / "..new").symlink_to("..2027")
+        (volume / "..new").rename(volume / "..data")
+        assert soon(lambda: refuses(quarantine, peer(CLI)))
+        assert not refuses(quarantine, peer(SHOP))
+    (newer / path.name).unlink()
+    with pytest.raises(IdentityError, match="is gone, and with it who was shut out"):
+        Quarantine.open(listed)
+
+
+@pytest.mark.slow
+def test_everybody_is_let_in_again_once_the_folder_is_mended(path):
+    path = path.parent / "deep" / "quarantine.json"
+    add(path, "1")
+    with Quarantine.open(path) as quarantine:
+        path.parent.chmod(0o777)
+        assert soon(lambda: refuses(quarantine, peer(CLI)))
+        path.parent.chmod(0o700)
+        assert soon(lambda: not refuses(quarantine, peer(CLI)))
+        assert refuses(quarantine, peer(serial=1))
+
+
+@ROOT_ONLY
+def test_a_link_in_another_users_place_is_refused(path):
+    other = path.parent / "other"
+    add(path.parent / "real" / "quarantine.json")
+    other.mkdir()
+    (other / "hop").symlink_to(path.parent / "real")
+    os.chown(other, 4242, 4242)
+    (path.parent / "mine").symlink_to(other / "hop")
+    with pytest.raises(IdentityError, match=f"{other} belongs to uid 4242"):
+        quarantine_file.read(path.parent / "mine" / "quarantine.json")
+    os.chown(other, 0, 0)
+    assert quarantine_file.read(path.parent / "mine" / "quarantine.json")
+    (path.parent / "mine").unlink()
+    (path.parent / "mine").symlink_to("mine")
+    with pytest.raises(IdentityError, match="Too many levels of symbolic links"):
+        quarantine_file.read(path.parent / "mine" / "quarantine.json")
 
 
 def test_an_error_of_the_system_names_the_file(path, monkeypatch):
@@ -428,7 +475,7 @@ def test_a_write_that_fails_leaves_the_old_list_and_nothing_else(path, monkeypat
 def test_a_list_that_cannot_be_followed_any_more_admits_nobody(
     quarantine, path, monkeypatch
 ):
-    monkeypatch.setattr(Quarantine, "_marked", lambda _: 1 / 0)
+    monkeypatch.setattr(Quarantine, "_look", lambda _: 1 / 0)
     assert soon(lambda: refuses(quarantine))
     with pytest.raises(Unavailable, match="ZeroDivisionError"):
         quarantine.check(peer())

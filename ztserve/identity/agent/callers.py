@@ -50,11 +50,14 @@ class Callers:
         for stream in streams:
             stream.set()
 
-    def turns(self, context: grpc.ServicerContext, ttl_s: float) -> Iterator[Entitled]:
+    def turns(
+        self, context: grpc.ServicerContext, ttl_s: float, *, svids: bool = False
+    ) -> Iterator[Entitled]:
         """Yield the caller and its entitlements each time that it is to be sent them.
 
         That is at once, at each change, and at half of the shortest life of an SVID,
         `ttl_s` where a grant names none. Ends the call if there are none (any more).
+        With `svids`, what it is no longer entitled to is told as withdrawn.
         """
         turn = threading.Event()
         if not context.add_callback(turn.set):
@@ -77,7 +80,7 @@ class Callers:
                     return
                 process, grants = self.entitled(context, held)
                 self._note_withdrawn(process, held, grants)
-                held = grants
+                held = grants if svids else ()
                 yield process, grants
                 turn.wait(min(grant.ttl_s or ttl_s for grant in grants) / 2)
         finally:

@@ -206,7 +206,7 @@ class Agent:
     def _follow_changes(self, undo: contextlib.ExitStack) -> None:
         changed = self._callers.changed
         undo.callback(self._authority.subscribe(changed))
-        if self._federation is not None:
+        if self._federation not in (None, self._authority):
             undo.callback(self._federation.subscribe(changed))
         if self._entries is not None:
             undo.callback(self._entries.subscribe(changed))

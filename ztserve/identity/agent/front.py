@@ -45,7 +45,9 @@ _MAX_CONNECTIONS = 1024
 _MAX_CONNECTIONS_OF_ONE = 32
 _START_TIMEOUT_S = 10.0
 _CLAIMS, _OTHERS = 16, 4
-"""Admin requests that are answered at once: claims, which may ask Ray, and others."""
+"""Admin requests in work: claims, which may ask Ray, and others."""
+_OF_ONE = 2
+"""Of either kind, of one process: it cannot keep all others waiting."""
 _STOP_GRACE_S = 2.0
 _CHUNK = 64 * 1024
 
@@ -72,6 +74,7 @@ class Front:
         self._refused = refused
         self._callers: dict[str, Process] = {}
         self._open: Counter[Process] = Counter()
+        self._in_work: Counter[tuple[Process, bool]] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._answering: set[asyncio.Task[None]] = set()
         self._claims = ThreadPoolExecutor(_CLAIMS, "ztserve-agent-claim")
@@ -209,10 +212,7 @@ class Front:
     ) -> None:
         try:
             request = await self._request(reader)
-            # In a thread, and a claim not in that of others: it may ask Ray.
-            threads = self._claims if request.get("op") == "register" else self._others
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(threads, self._answer, process, request)
+            found = await self._answered(process, request)
             answer = {"ok": True, **found}
         except ZTServeError as error:
             answer = {"ok": False, "error": str(error)}
@@ -221,6 +221,24 @@ class Front:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
+
+    async def _answered(
+        self, process: Process, request: dict[str, object]
+    ) -> dict[str, object]:
+        """Have a request answered in a thread; claims, which may wait, in their own."""
+        claim = request.get("op") == "register"
+        if self._in_work[process, claim] >= _OF_ONE:
+            raise IdentityError(
+                f"process {process.pid} has {_OF_ONE} requests in work: wait for them"
+            )
+        self._in_work[process, claim] += 1
+        try:
+            threads = self._claims if claim else self._others
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(threads, self._answer, process, request)
+        finally:
+            self._in_work[process, claim] -= 1
+            self._in_work += Counter()  # forget those at zero
 
     async def _request(self, reader: asyncio.StreamReader) -> dict[str, object]:
         try:

@@ -85,7 +85,9 @@ class Selectors:
     def _program(self, process: Process, *, hashed: bool) -> set[str]:
         link = f"/proc/{process.pid}/exe"
         try:
-            found = {f"unix:path:{os.readlink(link)}"}  # noqa: PTH115 - as it stands
+            path = os.readlink(link)  # noqa: PTH115 - as it stands
+            # What cannot be written plainly is nobody's selector.
+            found = {f"unix:path:{path}"} if path.isprintable() else set()
             if hashed and (digest := self._digest(link)):
                 found.add(f"unix:sha256:{digest}")
         except OSError:

@@ -24,7 +24,7 @@ from ztserve.identity.agent.delegation import Delegation
 from ztserve.identity.agent.registration import Grant
 from ztserve.identity.authority.development import DEFAULT_TTL_S, Authority
 from ztserve.identity.bundle import TrustBundle
-from ztserve.identity.jwt.svid import DEFAULT_LIFETIME_S, verify_jwt_svid
+from ztserve.identity.jwt.svid import DEFAULT_LIFETIME_S, JwtSvid, verify_jwt_svid
 from ztserve.identity.spiffe_id import SCHEME, workload_id
 
 _serialized = methodcaller("SerializeToString")
@@ -93,7 +93,7 @@ class WorkloadService:
     def _fetch_svids(
         self, _: wire.X509SVIDRequest, context: grpc.ServicerContext
     ) -> Iterator[wire.X509SVIDResponse]:
-        for process, grants in self._callers.turns(context, self._ttl_s):
+        for process, grants in self._callers.turns(context, self._ttl_s, svids=True):
             yield wire.X509SVIDResponse(
                 svids=[
                     self._x509_svid(process, grant, hint, context)
@@ -115,7 +115,10 @@ class WorkloadService:
     ) -> wire.X509SVID:
         ttl_s = grant.ttl_s or self._ttl_s
         try:
-            svid = self._authority.issue(grant.spiffe_id, ttl_s=ttl_s)
+            if isinstance(self._authority, Delegation):
+                svid = self._authority.svid(process, grant.spiffe_id)
+            else:
+                svid = self._authority.issue(grant.spiffe_id, ttl_s=ttl_s)
         except IdentityError as error:  # its intermediates live too short for this
             context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         self._callers.note_issue(process, grant, f"serial {svid.serial:x}", context)
@@ -157,9 +160,8 @@ class WorkloadService:
                 self._callers.refuse(process, not_theirs, context)
         svids = []
         for grant, hint in _hinted(grants):
-            ttl_s = min(DEFAULT_LIFETIME_S, grant.ttl_s or self._ttl_s)
             try:
-                svid = self._authority.issue_jwt(grant.spiffe_id, audience, ttl_s=ttl_s)
+                svid = self._jwt_svid(process, grant, audience)
             except CannotTell as error:
                 context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
             except IdentityError as error:
@@ -169,6 +171,14 @@ class WorkloadService:
                 wire.JWTSVID(spiffe_id=grant.spiffe_id, svid=svid.token, hint=hint)
             )
         return wire.JWTSVIDResponse(svids=svids)
+
+    def _jwt_svid(
+        self, process: Process, grant: Grant, audience: Sequence[str]
+    ) -> JwtSvid:
+        if isinstance(self._authority, Delegation):
+            return self._authority.token(process, grant.spiffe_id, audience)
+        ttl_s = min(DEFAULT_LIFETIME_S, grant.ttl_s or self._ttl_s)
+        return self._authority.issue_jwt(grant.spiffe_id, audience, ttl_s=ttl_s)
 
     def _fetch_jwt_bundles(
         self, _: wire.JWTBundlesRequest, context: grpc.ServicerContext

@@ -87,9 +87,11 @@ class Spire:
         try:
             answer = call(request, timeout=ASK_S)
         except grpc.RpcError as error:
-            raise CannotTell(
-                f"no JWT-SVID of {subject} from SPIRE at {self.socket}: "
-                f"{error.code().name}: {str(error.details())[:300]}"
+            code = error.code()
+            denied = code is grpc.StatusCode.PERMISSION_DENIED
+            raise (IdentityError if denied else CannotTell)(
+                f"no JWT-SVID of {subject} from SPIRE at {self.socket}: {code.name}: "
+                f"{str(error.details())[:300]}"
             ) from error
         for one in answer.svids:
             if _named(one.id) == subject:
@@ -111,12 +113,16 @@ def read_bundles(
     `x509` holds concatenated DER, `jwt` JWK Sets. Raises IdentityError where our own
     cannot be believed, or there are over 64; a partner's is left out and logged.
     """
-    if len(x509) + len(jwt) > 2 * MAX_TRUST_DOMAINS:
+    if max(len(x509), len(jwt)) > MAX_TRUST_DOMAINS:
         raise IdentityError(f"bundles of over {MAX_TRUST_DOMAINS} trust domains")
+    for sent in (x509, jwt):
+        if sent and not sent.keys() & {own, SCHEME + own}:
+            raise IdentityError(f"SPIRE sent no bundle of {own}")
     found = {}
     for name in {**x509, **jwt}:
-        trust_domain = trust_domain_name(name.removeprefix(SCHEME))
+        trust_domain = name.removeprefix(SCHEME)
         try:
+            trust_domain_name(trust_domain)
             found[trust_domain] = TrustBundle(
                 trust_domain,
                 read_roots(trust_domain, x509[name]) if name in x509 else (),

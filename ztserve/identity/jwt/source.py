@@ -68,6 +68,7 @@ class JwtSource:
             denied=self._deny,
             name="ztserve-jwt-bundles",
         )
+        self._feed.start()
         if not self._taken.wait(timeout_s):
             self.close()
             raise IdentityError(

@@ -26,7 +26,6 @@ LOOK_S = 0.1
 """How often the file is looked at."""
 STALE_S = 2.0
 """A list that was not looked at for so long is no list: its disk stalls, perhaps."""
-_SETTLED_NS = 1_000_000_000
 
 
 class Quarantine:
@@ -41,7 +40,6 @@ class Quarantine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mark: object = None
         self._seen = False
         self._subscribers = Subscribers()
         self._closed = threading.Event()
@@ -113,32 +111,12 @@ class Quarantine:
             except Exception as error:  # noqa: BLE001 - told at each call
                 # Whatever it is: a list that nobody follows must admit nobody.
                 self._held, self._problem = None, f"{self.path}: {error!r:.200}"
-                self._mark = None
             if (self._held, self._problem) != before:
                 self._tell()
 
     def _look(self) -> None:
-        mark = self._marked()
-        if mark is None or mark != self._mark:
-            self._read()
-        self._mark = mark
-        self._looked = time.monotonic()
-
-    def _marked(self) -> object:
-        """Return what changes whenever the file does; None: look into it in any case.
-
-        A file that was written a moment ago can be written again without its times
-        telling, if the clock of the file system is coarse.
-        """
-        try:
-            found = self.path.lstat()
-        except OSError as error:
-            return error.errno
-        if time.time_ns() - found.st_ctime_ns < _SETTLED_NS:
-            return None
-        return tuple(found)[:7], found.st_mtime_ns, found.st_ctime_ns
-
-    def _read(self) -> None:
+        # The whole file each time: it is small, and what lies above it, or the link
+        # that leads to it, can change while the file does not.
         try:
             entries = file.read(self.path)
             if entries is None and self._seen:
@@ -153,6 +131,7 @@ class Quarantine:
             self._seen = self._seen or entries is not None
             self._held = {entry.key: entry for entry in entries or ()}
             self._problem = ""
+        self._looked = time.monotonic()
 
     def _tell(self) -> None:
         if self._held is None:

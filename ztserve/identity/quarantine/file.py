@@ -51,7 +51,8 @@ def read(path: Path) -> tuple[Entry, ...] | None:
 
 def _had_begun(path: Path) -> bool:
     try:
-        return _begun(path).exists()
+        # A link that leads nowhere is a volume that has lost its list.
+        return _begun(path).exists() or path.is_symlink()
     except OSError as error:
         raise IdentityError(f"{_begun(path)}: {error.strerror}") from error
 
