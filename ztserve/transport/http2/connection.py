@@ -29,40 +29,8 @@ from ztserve.transport.http2.fields import (
 )
 from ztserve.transport.http2.frames import Code
 from ztserve.transport.http2.intake import Intake, unpadded
-from ztserve.transport.http2.outbox import Outbox, Outgoing
-
-_MAX_DROPPED = 1024
-"""Streams that we reset, whose late frames are still known to be such."""
-
-
-class _Stream:
-    """A stream that is open or half closed (section 5.1)."""
-
-    __slots__ = (
-        "declared",
-        "ended",
-        "has_head",
-        "id",
-        "out",
-        "owed",
-        "received",
-        "window",
-    )
-
-    def __init__(self, stream_id: int, window: int, out: Outgoing) -> None:
-        self.id = stream_id
-        self.out = out
-        self.window = window
-        """Bytes that we take."""
-        self.owed = 0
-        """Bytes dealt with that the peer has not been told of."""
-        self.ended = False
-        """Whether the peer sends no more."""
-        self.has_head = False
-        """Whether the head has arrived, so that trailers may follow."""
-        self.declared: int | None = None
-        """The body's bytes by its content-length."""
-        self.received = 0
+from ztserve.transport.http2.outbox import Outbox
+from ztserve.transport.http2.streams import Streams
 
 
 class Connection:
@@ -84,11 +52,7 @@ class Connection:
         self._out = Outbox(bounds.max_frame_bytes)
         self.outgoing = self._out.take
         self._events: list[Event] = []
-        self._streams: dict[int, _Stream] = {}
-        self._dropped: dict[int, None] = {}
-        self._last_id = 0
-        """The highest stream that the peer began."""
-        self._next_id = 1 if client else 2
+        self._streams = Streams(self._out, bounds.stream_window, client=client)
         self._final_id: int | None = None
         """The last stream that we take, once we go away for good."""
         self._peer_final_id = frames.MOST_STREAM_ID
@@ -140,7 +104,7 @@ class Connection:
         """Whether a client may begin a stream now."""
         return (
             not self.over
-            and self._next_id <= self._peer_final_id
+            and self._streams.next_id <= self._peer_final_id
             and len(self._streams) < self._peer_max_streams
         )
 
@@ -181,9 +145,9 @@ class Connection:
         """
         if not self._client or not self.can_request:
             raise RuntimeError("no stream can be begun on this connection now")
-        stream_id = self._next_id
-        self._next_id += 2
-        self._add(stream_id)
+        stream_id = self._streams.next_id
+        self._streams.next_id += 2
+        self._streams.add(stream_id)
         self.headers(stream_id, block, end=end)
         return stream_id
 
@@ -194,7 +158,7 @@ class Connection:
             stream.out.ends = end
             self._out.block(stream.out, block, end=end)
             if stream.out.ended:
-                self._end_ours(stream)
+                self._streams.end_ours(stream)
 
     def data(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
         """Send a piece of a body as far as the windows have room, the rest later.
@@ -206,13 +170,11 @@ class Connection:
         if stream is not None and not stream.out.ends:
             self._out.data(stream.out, data, end=end)
             if stream.out.ended:
-                self._end_ours(stream)
+                self._streams.end_ours(stream)
 
     def reset(self, stream_id: int, code: Code) -> None:
         """End a stream at once, in both directions."""
-        if self._remove(stream_id):
-            self._drop(stream_id)
-            self._out.add(frames.rst_stream(stream_id, code))
+        self._streams.reset(stream_id, code)
 
     def consumed(self, stream_id: int, count: int) -> None:
         """Let the peer send `count` bytes more: that many were dealt with."""
@@ -241,7 +203,7 @@ class Connection:
         taken. Then `final`: what begins now is not.
         """
         if not self.over:
-            last = self._last_id if final else frames.MOST_STREAM_ID
+            last = self._streams.last_id if final else frames.MOST_STREAM_ID
             self._final_id = last if final else self._final_id
             self._out.add(frames.goaway(last, Code.NO_ERROR))
 
@@ -250,9 +212,9 @@ class Connection:
         if not self.over:
             self.over = True
             debug = reason.encode(errors="replace")[:128]
-            self._out.add(frames.goaway(self._last_id, code, debug))
-            for stream_id in list(self._streams):
-                self._remove(stream_id)
+            self._out.add(frames.goaway(self._streams.last_id, code, debug))
+            for stream in self._streams:
+                self._streams.remove(stream.id)
 
     # --- DATA and HEADERS -------------------------------------------------------
 
@@ -263,45 +225,33 @@ class Connection:
             raise FatalError(Code.FLOW_CONTROL_ERROR, "DATA beyond the window")
         stream = self._streams.get(stream_id)
         if stream is None:
-            self._check_late("DATA", stream_id)
+            self._late("DATA", stream_id)
             self.consumed(0, size)
             return
         if flags & frames.PADDED:
             payload = unpadded(payload)
         ended = bool(flags & frames.END_STREAM)
         try:
-            self._take(stream, payload, size, ended=ended)
+            stream.take(size, len(payload))
+            if ended:
+                self._streams.end_theirs(stream)
         except StreamError:
             self.consumed(0, size)
             raise
+        if not payload and not ended:
+            self._allowance.idle()
         if size > len(payload):
             self.consumed(stream_id, size - len(payload))
         self._events.append(DataReceived(stream_id, payload, ended))
-
-    def _take(self, stream: _Stream, payload: bytes, size: int, *, ended: bool) -> None:
-        if stream.ended:
-            raise StreamError(Code.STREAM_CLOSED, "DATA after the end of the stream")
-        if not stream.has_head:
-            raise StreamError(Code.PROTOCOL_ERROR, "DATA before a head")
-        stream.window -= size
-        if stream.window < 0:
-            raise StreamError(Code.FLOW_CONTROL_ERROR, "DATA beyond the window")
-        stream.received += len(payload)
-        if ended:
-            self._end_theirs(stream)
-        elif not payload:
-            self._allowance.idle()
-        if stream.declared is not None and stream.received > stream.declared:
-            raise StreamError(Code.PROTOCOL_ERROR, "longer than content-length")
 
     def _on_headers(self, flags: int, stream_id: int, block: bytes) -> None:
         stream = self._streams.get(stream_id)
         ended = bool(flags & frames.END_STREAM)
         if stream is None:
-            if not self._client and stream_id > self._last_id:
+            if not self._client and stream_id > self._streams.last_id:
                 self._on_new(stream_id, block, ended=ended)
             else:
-                self._check_late("HEADERS", stream_id)
+                self._late("HEADERS", stream_id)
                 self._reader.skip(block)
             return
         if stream.ended:
@@ -321,48 +271,42 @@ class Connection:
                 return
             stream.has_head, stream.declared = True, head.content_length
         if ended:
-            self._end_theirs(stream)
+            self._streams.end_theirs(stream)
         self._events.append(HeadersReceived(stream_id, head, ended))
 
     def _on_new(self, stream_id: int, block: bytes, *, ended: bool) -> None:
         if stream_id % 2 == 0:
             raise offence("a client's stream has an odd number")
-        self._last_id = stream_id
+        self._streams.last_id = stream_id
         if self._final_id is not None:
             self._reader.skip(block)  # it was told that we take no more (6.8)
-            self._drop(stream_id)
+            self._streams.drop(stream_id)
             return
         if len(self._streams) >= self._bounds.max_streams:
             self._reader.skip(block)
             raise StreamError(Code.REFUSED_STREAM, "too many streams at once")
         head = self._reader.head(block)
-        stream = self._add(stream_id)
+        stream = self._streams.add(stream_id)
         stream.has_head, stream.declared = True, head.content_length
         if ended:
-            self._end_theirs(stream)
+            self._streams.end_theirs(stream)
         self._events.append(HeadersReceived(stream_id, head, ended))
 
     # --- the other frames -------------------------------------------------------
 
     def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id == 0:
-            raise offence("PRIORITY on stream 0")
         self._allowance.idle()
         if len(payload) != 5:
             raise StreamError(Code.FRAME_SIZE_ERROR, "PRIORITY has 5 bytes")
 
     def _on_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise missized("RST_STREAM has 4 bytes")
-        self._check_begun("RST_STREAM", stream_id)
+        self._streams.check_begun("RST_STREAM", stream_id)
         self._allowance.reset()
-        if self._remove(stream_id):
+        if self._streams.remove(stream_id):
             code = int.from_bytes(payload, "big")
             self._events.append(StreamReset(stream_id, code, ""))
 
-    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id != 0:
-            raise offence("SETTINGS on a stream")
+    def _on_settings(self, flags: int, _stream_id: int, payload: bytes) -> None:
         self._allowance.settings()
         if flags & frames.ACK:
             if payload:
@@ -378,7 +322,7 @@ class Connection:
 
     def _on_setting(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW_SIZE:
-            halves = [stream.out for stream in self._streams.values()]
+            halves = [stream.out for stream in self._streams]
             self._out.set_stream_window(value, halves)
         elif name == frames.MAX_FRAME_SIZE:
             if not frames.LEAST_FRAME_BYTES <= value <= frames.MOST_FRAME_BYTES:
@@ -394,22 +338,14 @@ class Connection:
     def _on_forbidden(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
         raise offence("PUSH_PROMISE, or CONTINUATION of nothing")
 
-    def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id != 0:
-            raise offence("PING on a stream")
-        if len(payload) != 8:
-            raise missized("PING has 8 bytes")
+    def _on_ping(self, flags: int, _stream_id: int, payload: bytes) -> None:
         self._allowance.ping()
         if flags & frames.ACK:
             self._events.append(PingAnswered(payload))
         else:
             self._out.add(frames.frame(frames.PING, frames.ACK, 0, payload))
 
-    def _on_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id != 0:
-            raise offence("GOAWAY on a stream")
-        if len(payload) < 8:
-            raise missized("GOAWAY has 8 bytes at least")
+    def _on_goaway(self, _flags: int, _stream_id: int, payload: bytes) -> None:
         last = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
         if last > self._peer_final_id:
             raise offence("GOAWAY with a higher stream than before")
@@ -418,15 +354,12 @@ class Connection:
         code = int.from_bytes(payload[4:8], "big")
         self._events.append(GoingAway(last, code, payload[8:136]))
         if self._client:
-            for lost in [one for one in self._streams if one > last]:
-                self._remove(lost)
-                self._drop(lost)
-                reason = "the peer went away before it"
+            reason = "the peer went away before it"
+            for lost in (stream.id for stream in self._streams if stream.id > last):
+                self._streams.drop(lost)
                 self._events.append(StreamReset(lost, Code.REFUSED_STREAM, reason))
 
     def _on_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise missized("WINDOW_UPDATE has 4 bytes")
         increment = int.from_bytes(payload, "big") & 0x7FFFFFFF
         if increment < 1024:
             self._allowance.idle()
@@ -436,7 +369,7 @@ class Connection:
             self._out.widen(increment)
             self._flush()
             return
-        self._check_begun("WINDOW_UPDATE", stream_id)
+        self._streams.check_begun("WINDOW_UPDATE", stream_id)
         stream = self._streams.get(stream_id)
         if stream is not None:
             if increment == 0:
@@ -444,64 +377,21 @@ class Connection:
             self._out.widen_stream(stream.out, increment)
             self._flush()
 
-    # --- streams ----------------------------------------------------------------
-
-    def _add(self, stream_id: int) -> _Stream:
-        window = self._bounds.stream_window
-        stream = _Stream(stream_id, window, self._out.stream(stream_id))
-        self._streams[stream_id] = stream
-        return stream
-
-    def _remove(self, stream_id: int) -> bool:
-        self._out.forget(stream_id)
-        return self._streams.pop(stream_id, None) is not None
-
-    def _end_theirs(self, stream: _Stream) -> None:
-        if stream.declared is not None and stream.received < stream.declared:
-            raise StreamError(Code.PROTOCOL_ERROR, "shorter than content-length")
-        stream.ended = True
-        if stream.out.ended:
-            self._remove(stream.id)
-
-    def _end_ours(self, stream: _Stream) -> None:
-        if stream.ended:
-            self._remove(stream.id)
-        elif not self._client:
-            # The answer is whole; what may still come of the request is not wanted
-            # (section 8.1).
-            self.reset(stream.id, Code.NO_ERROR)
+    # --- what both kinds of frames need -----------------------------------------
 
     def _flush(self) -> None:
         for half in self._out.flush():
             self._events.append(Writable(half.id))
-            if half.ended:
-                self._end_ours(self._streams[half.id])
+            stream = self._streams.get(half.id)
+            if stream is not None and half.ended:
+                self._streams.end_ours(stream)
 
     def _fail(self, stream_id: int, error: StreamError) -> None:
         self._allowance.reset()
-        self._remove(stream_id)
-        self._drop(stream_id)
+        self._streams.drop(stream_id)
         self._out.add(frames.rst_stream(stream_id, error.code))
         self._events.append(StreamReset(stream_id, error.code, error.reason))
 
-    def _drop(self, stream_id: int) -> None:
-        """Note a stream whose late frames are no offence."""
-        if len(self._dropped) >= _MAX_DROPPED:
-            del self._dropped[next(iter(self._dropped))]
-        self._dropped[stream_id] = None
-
-    def _check_begun(self, what: str, stream_id: int) -> None:
-        """Refuse a frame on a stream that nobody has begun (section 5.1, idle)."""
-        ours = stream_id % 2 == (1 if self._client else 0)
-        begun = stream_id < self._next_id if ours else stream_id <= self._last_id
-        if stream_id == 0 or not begun:
-            raise offence(f"{what} on stream {stream_id}, which nobody began")
-
-    def _check_late(self, what: str, stream_id: int) -> None:
-        """Refuse a frame on a closed stream, unless we closed it a moment ago."""
-        self._check_begun(what, stream_id)
-        if stream_id not in self._dropped:
-            raise FatalError(
-                Code.STREAM_CLOSED, f"{what} on stream {stream_id}, which is closed"
-            )
+    def _late(self, what: str, stream_id: int) -> None:
+        self._streams.check_late(what, stream_id)
         self._allowance.idle()

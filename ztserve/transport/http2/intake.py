@@ -49,6 +49,7 @@ class Intake:
             stream_id = int.from_bytes(buffer[at + 5 : begin], "big") & 0x7FFFFFFF
             payload = bytes(buffer[begin:end])
             at = end
+            _check(kind, stream_id, len(payload))
             if kind == frames.HEADERS or self._block is not None:
                 whole = self._assembled(kind, flags, stream_id, payload)
                 if whole is not None:
@@ -89,8 +90,6 @@ class Intake:
             self._check_size(len(block))
             if flags & frames.END_HEADERS:
                 return frames.HEADERS, flags, stream_id, block
-            if stream_id == 0:
-                raise offence("HEADERS on stream 0")
             self._block, self._more = (flags, stream_id, bytearray(block)), 0
             return None
         first_flags, first_id, gathered = self._block
@@ -109,6 +108,33 @@ class Intake:
     def _check_size(self, size: int) -> None:
         if size > self._bounds.max_header_bytes:
             raise calm(f"a header block over {self._bounds.max_header_bytes} bytes")
+
+
+_OF_CONNECTION = frozenset((frames.SETTINGS, frames.PING, frames.GOAWAY))
+_OF_EITHER = frames.WINDOW_UPDATE
+_KNOWN = frames.CONTINUATION
+_BYTES = {
+    frames.RST_STREAM: (4, 4),
+    frames.PING: (8, 8),
+    frames.GOAWAY: (8, frames.MOST_FRAME_BYTES),
+    frames.WINDOW_UPDATE: (4, 4),
+}
+_NAMES = (
+    *("DATA", "HEADERS", "PRIORITY", "RST_STREAM", "SETTINGS", "PUSH_PROMISE"),
+    *("PING", "GOAWAY", "WINDOW_UPDATE", "CONTINUATION"),
+)
+
+
+def _check(kind: int, stream_id: int, size: int) -> None:
+    """Refuse a frame of the wrong size, or in the wrong place (section 6)."""
+    bytes_ = _BYTES.get(kind)
+    if bytes_ is not None and not bytes_[0] <= size <= bytes_[1]:
+        raise missized(f"{_NAMES[kind]} of {size} bytes, expected {bytes_[0]}")
+    if kind in _OF_CONNECTION:
+        if stream_id != 0:
+            raise offence(f"{_NAMES[kind]} on a stream")
+    elif stream_id == 0 and kind != _OF_EITHER and kind <= _KNOWN:
+        raise offence(f"{_NAMES[kind]} on stream 0")
 
 
 def _stripped(flags: int, payload: bytes) -> bytes:

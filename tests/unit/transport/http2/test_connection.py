@@ -797,7 +797,7 @@ def test_the_streams_that_are_remembered_as_reset_are_bounded():
     for stream in range(1, 5001, 2):
         server.receive(headers(stream))
         server.reset(stream, Code.CANCEL)
-    assert len(server._dropped) == 1024
+    assert len(server._streams._dropped) == 1024
 
 
 def test_blocks_that_are_remembered_are_bounded_and_end_with_the_table():
