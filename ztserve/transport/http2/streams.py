@@ -99,7 +99,7 @@ class Streams:
             self._out.add(frames.rst_stream(stream_id, code))
 
     def end_theirs(self, stream: Stream) -> None:
-        """Note that the peer sends no more. Raises StreamError if it sent too little."""
+        """Note that the peer sends no more. Raises StreamError if that is short."""
         if stream.declared is not None and stream.received < stream.declared:
             raise StreamError(Code.PROTOCOL_ERROR, "shorter than content-length")
         stream.ended = True
