@@ -122,6 +122,12 @@ _LIKELY = (
         "nothing listens there: is the deployment running, and on this port?",
     ),
     (
+        "TSI_DATA_CORRUPTED",  # what gRPC makes of an alert after its own Finished
+        "the server refused this client in the handshake: probably it does not trust "
+        "this client's SVID (another trust domain, expired, in quarantine, or an "
+        "authority that its bundle does not hold)",
+    ),
+    (
         "Socket closed",
         "the server closed the connection during the handshake: probably it does not "
         "trust this client's SVID (another trust domain, expired, or an authority "

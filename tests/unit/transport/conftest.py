@@ -4,14 +4,23 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.unit.transport import support
 from tests.unit.transport.support import CLI, DOMAIN, SERVER, Served, serving
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import Client
+from ztserve.transport import Client, Server
+from ztserve.transport.loop import LoopServer
 
 
 @pytest.fixture(scope="session")
 def authority() -> ThrowAwayAuthority:
     return ThrowAwayAuthority(DOMAIN)
+
+
+@pytest.fixture(params=[Server, LoopServer], ids=["grpcio", "loop"])
+def engine(request, monkeypatch) -> type:
+    """Each implementation of the server, in the place of the one that ships."""
+    monkeypatch.setattr(support, "Server", request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from ztserve.transport.http2 import frames
 from ztserve.transport.http2.errors import calm
 
+HARD = 4
+OF_STREAM, OF_DATA = 8, 2
+"""Frames that carry nothing, for a stream and for a frame of data: stock clients send
+so many, to widen windows by as little as they have read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -13,7 +18,8 @@ class Bounds:
     max_streams: int = 128
     """Streams of the peer's at once."""
     max_header_bytes: int = 16 * 1024
-    """A block as it is sent, and its fields with 32 bytes for each (section 6.5.2)."""
+    """A block as it is sent, and its fields with 32 bytes for each (section 6.5.2); a
+    larger one ends its stream, one of over `HARD` times that the connection."""
     max_continuations: int = 16
     """CONTINUATION frames of one block."""
     max_frame_bytes: int = 256 * 1024
@@ -22,12 +28,13 @@ class Bounds:
     connection_window: int = 8 * 1024 * 1024
     settings: int = 16
     """SETTINGS frames between two calls of `refresh`; so are all that follow."""
-    pings: int = 64
+    pings: int = 40
     resets: int = 400
     """Streams that the peer resets, or has us reset (rapid reset, CVE-2023-44487)."""
     idle_frames: int = 1000
     """Frames that carry nothing: empty DATA, PRIORITY, unknown ones, updates of a
-    window by less than a kibibyte, and late ones."""
+    window by less than a kibibyte, and late ones. Each stream that begins, and each
+    frame of data, lets there be some more."""
 
     def __post_init__(self) -> None:
         least = frames.DEFAULT_WINDOW  # which a peer may use before it knows better
@@ -73,6 +80,10 @@ class Allowance:
         self._resets -= 1
         if self._resets < 0:
             raise calm("too many streams were reset")
+
+    def earn(self, count: int) -> None:
+        """Allow some more frames that carry nothing, for one that carries something."""
+        self._idle = min(self._idle + count, self._bounds.idle_frames)
 
     def idle(self) -> None:
         """Count a frame that carries nothing."""

@@ -8,7 +8,7 @@ section that it offends; after the latter, nothing is read any more.
 """
 
 from ztserve.transport.http2 import frames
-from ztserve.transport.http2.bounds import Allowance, Bounds
+from ztserve.transport.http2.bounds import OF_DATA, OF_STREAM, Allowance, Bounds
 from ztserve.transport.http2.errors import FatalError, StreamError, missized, offence
 from ztserve.transport.http2.events import (
     DataReceived,
@@ -238,7 +238,9 @@ class Connection:
         except StreamError:
             self.consumed(0, size)
             raise
-        if not payload and not ended:
+        if payload:
+            self._allowance.earn(OF_DATA)
+        elif not ended:
             self._allowance.idle()
         if size > len(payload):
             self.consumed(stream_id, size - len(payload))
@@ -286,6 +288,7 @@ class Connection:
             self._reader.skip(block)
             raise StreamError(Code.REFUSED_STREAM, "too many streams at once")
         head = self._reader.head(block)
+        self._allowance.earn(OF_STREAM)
         stream = self._streams.add(stream_id)
         stream.has_head, stream.declared = True, head.content_length
         if ended:

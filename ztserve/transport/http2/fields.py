@@ -15,6 +15,7 @@ from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 from hpack.table import HeaderTable
 
+from ztserve.transport.http2.bounds import HARD
 from ztserve.transport.http2.errors import FatalError, StreamError, calm
 from ztserve.transport.http2.frames import Code
 
@@ -74,7 +75,8 @@ class FieldReader(Generic[_Head]):
 
     def __init__(self, kind: type[_Head], max_list_bytes: int) -> None:
         self._kind: Any = _request if kind is Request else _response
-        self._decoder = Decoder(max_header_list_size=max_list_bytes)
+        self._most = max_list_bytes
+        self._decoder = Decoder(max_header_list_size=HARD * max_list_bytes)
         self._decoder.header_table = self._table = _Table()
         self._known: dict[bytes, _Head] = {}
 
@@ -84,6 +86,7 @@ class FieldReader(Generic[_Head]):
         if known is not None:
             return known
         listed = self._listed(block)
+        self._check_size(block, listed)
         found: _Head = self._kind(listed)
         if not self._table.changed:
             if len(self._known) >= MAX_REMEMBERED:
@@ -94,9 +97,16 @@ class FieldReader(Generic[_Head]):
     def trailers(self, block: bytes) -> Fields:
         """Return the trailers that `block` says; raises as `head` does."""
         listed = self._listed(block)
+        self._check_size(block, listed)
         for name, value in listed:
             _check(name, value)
         return tuple(listed)
+
+    def _check_size(self, block: bytes, listed: list[tuple[bytes, bytes]]) -> None:
+        size = sum(len(name) + len(value) + 32 for name, value in listed)
+        if max(size, len(block)) > self._most:
+            reason = f"header fields of {size} bytes, at most {self._most}"
+            raise StreamError(Code.ENHANCE_YOUR_CALM, reason)
 
     def skip(self, block: bytes) -> None:
         """Read a block for the table's sake alone. Raises FatalError."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from ztserve.transport.http2 import frames
-from ztserve.transport.http2.bounds import Bounds
+from ztserve.transport.http2.bounds import HARD, Bounds
 from ztserve.transport.http2.errors import FatalError, calm, missized, offence
 
 Frame: TypeAlias = tuple[int, int, int, bytes]
@@ -106,8 +106,9 @@ class Intake:
         return frames.HEADERS, first_flags, first_id, bytes(gathered)
 
     def _check_size(self, size: int) -> None:
-        if size > self._bounds.max_header_bytes:
-            raise calm(f"a header block over {self._bounds.max_header_bytes} bytes")
+        most = HARD * self._bounds.max_header_bytes
+        if size > most:
+            raise calm(f"a header block over {most} bytes")
 
 
 _OF_CONNECTION = frozenset((frames.SETTINGS, frames.PING, frames.GOAWAY))

@@ -734,16 +734,26 @@ def test_a_block_in_too_many_pieces_or_too_large_ends_the_connection():
     server.receive(headers(1, done=False) + 3 * piece)
     assert ends(server, piece, Code.ENHANCE_YOUR_CALM, "CONTINUATION")
     server = opened(max_header_bytes=1000)
-    server.receive(headers(1, done=False, block=bytes(600)))
+    server.receive(headers(1, done=False, block=bytes(3600)))
     raw = frames.frame(frames.CONTINUATION, 0, 1, bytes(401))
-    assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "over 1000 bytes")
+    assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "over 4000 bytes")
+
+
+def test_a_head_that_is_too_large_ends_its_stream_alone():
+    server = opened(max_header_bytes=1000)
+    raw = headers(1, (*REQUEST, (b"x", b"v" * 800)))
+    assert resets(server, raw, 1, Code.ENHANCE_YOUR_CALM, "at most 1000")
+    server.receive(headers(3))
+    raw = headers(3, ((b"x", b"v" * 1000),), end=True)
+    assert resets(server, raw, 3, Code.ENHANCE_YOUR_CALM, "at most 1000")
+    assert isinstance(server.receive(headers(5))[0], HeadersReceived)
 
 
 def test_a_few_bytes_that_mean_many_fields_end_the_connection():
     bomb = headers(1, (*REQUEST, (b"x", b"v" * 3000)))
-    server = opened(max_header_bytes=8000)
+    server = opened(max_header_bytes=4000)
     server.receive(bomb)
-    indexed = b"\xbe" * 3  # the entry that was just added, thrice
+    indexed = b"\xbe" * 6  # the entry that was just added, six times
     raw = headers(3, block=OPEN + indexed)
     assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "header list")
 
@@ -772,6 +782,16 @@ def test_little_things_are_counted_and_begun_anew_by_refresh(bound, raw, words):
         server.refresh()
     server.receive(raw * 5)
     assert ends(server, raw, Code.ENHANCE_YOUR_CALM, words)
+
+
+def test_frames_that_carry_something_let_there_be_some_that_do_not():
+    server = opened(idle_frames=5)
+    for stream in range(1, 2001, 2):
+        raw = headers(stream) + data(stream, b"x") + frames.window_update(0, 9) * 5
+        server.receive(raw)
+        server.reset(stream, Code.CANCEL)
+    assert not server.over
+    assert ends(server, frames.window_update(0, 9) * 6, Code.ENHANCE_YOUR_CALM)
 
 
 def test_rapid_reset_ends_the_connection():

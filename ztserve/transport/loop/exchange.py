@@ -1,0 +1,189 @@
+"""One call between the loop, which carries it, and the thread that answers it."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import grpc
+
+from ztserve.errors import InvalidInput, ZTServeError
+from ztserve.transport import messages
+from ztserve.transport.http2 import Block, Request
+
+if TYPE_CHECKING:
+    from ztserve.transport.loop.wire import Wire
+
+MAX_UNSENT_BYTES = 256 * 1024
+"""Of a stream's answer that its caller has not taken; then its thread waits."""
+
+
+class Aborted(Exception):
+    """The call ends with the status that was set."""
+
+
+class Cut(grpc.RpcError):
+    """The caller went away before its message was whole."""
+
+
+class Exchange:
+    """A call: what `visit` asks of gRPC, over a stream of ours.
+
+    The loop gives it what arrives (`feed`, `end`, `cut`); the thread that answers takes
+    messages and says how the call ends.
+    """
+
+    def __init__(
+        self, wire: "Wire", stream_id: int, request: Request, most: int
+    ) -> None:
+        """Raise messages.Unreadable where the head is not gRPC's."""
+        self.stream_id = stream_id
+        self._wire = wire
+        self._metadata = messages.metadata(request.fields)
+        self._body = messages.Reassembly(most, gzip=messages.is_gzip(request.fields))
+        timeout = messages.timeout_s(request.fields)
+        self._due = None if timeout is None else time.monotonic() + timeout
+        self._arrived: deque[bytes | ZTServeError | None] = deque()
+        """Messages; the fault that ends them; None for the end."""
+        self._ready = threading.Condition()
+        self._waiting = False
+        self._owed = 0
+        self._cut = False
+        self._over = False
+        self._trailers: tuple[tuple[str, str], ...] = ()
+        self._posted = 0
+        """Bytes of the answer that are on their way to the loop."""
+        self._full = False
+        """Whether the caller has not taken most of what was sent."""
+        self.has_head = False
+        """Whether the head of the answer has been sent."""
+        self.status = 13, ""
+        """gRPC's code and sentence, once the call was aborted."""
+
+    # --- the loop's side --------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece of the body."""
+        self._owed += len(data)
+        found: list[bytes | ZTServeError | None] = []
+        try:
+            found.extend(self._body.feed(data))
+        except InvalidInput as error:
+            found.append(error)
+        except messages.Unreadable as error:
+            found.append(InvalidInput(f"the request is not gRPC: {error.reason}"))
+        if found:
+            self._arrive(found)
+        elif self._waiting:
+            self._pay()
+
+    def end(self) -> None:
+        """Note that the caller sends no more."""
+        whole = self._body.is_between
+        self._arrive([None if whole else InvalidInput("a message is cut short")])
+
+    def cut(self) -> None:
+        """Note that the stream or its connection ended early."""
+        with self._ready:
+            self._cut = self._over = True
+            self._ready.notify()
+
+    def sent(self, size: int, unsent: int) -> None:
+        """Note that `size` bytes went to the stream, of which `unsent` wait there."""
+        with self._ready:
+            self._posted -= size
+            self._full = unsent > MAX_UNSENT_BYTES
+            self._ready.notify()
+
+    def drained(self) -> None:
+        """Note that nothing waits there any more."""
+        with self._ready:
+            self._full = False
+            self._ready.notify()
+
+    def _arrive(self, found: Iterable[bytes | ZTServeError | None]) -> None:
+        with self._ready:
+            self._arrived.extend(found)
+            self._ready.notify()
+
+    def _pay(self) -> None:
+        """Let the caller send as much as we have dealt with; on the loop."""
+        owed, self._owed = self._owed, 0
+        if owed:
+            self._wire.consumed(self.stream_id, owed)
+
+    # --- what `visit` asks of a gRPC context ------------------------------------
+
+    def auth_context(self) -> object:
+        """Return what the server's credentials judge callers by."""
+        return self._wire.visitor
+
+    def invocation_metadata(self) -> messages.Metadata:
+        """Return the call's metadata."""
+        return self._metadata
+
+    def peer(self) -> str:
+        """Return the other end's address, as gRPC writes it."""
+        return self._wire.peer
+
+    def time_remaining(self) -> float:
+        """Return the seconds until the caller's deadline; infinite without one."""
+        return float("inf") if self._due is None else self._due - time.monotonic()
+
+    def is_active(self) -> bool:
+        """Return whether somebody still waits for the answer."""
+        return not self._over
+
+    def cancel(self) -> None:
+        """End the call."""
+        self._wire.post(self._wire.cancel, self)
+
+    def set_trailing_metadata(self, trailers: tuple[tuple[str, str], ...]) -> None:
+        """Have these sent at the end."""
+        self._trailers = trailers
+
+    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        """End the handler: the call ends with this status."""
+        self.status = code.value[0], details
+        raise Aborted
+
+    # --- the answering thread's side --------------------------------------------
+
+    def messages(self) -> Iterator[bytes]:
+        """Yield the caller's messages; wait for each. Raises Cut, InvalidInput."""
+        while True:
+            with self._ready:
+                if not self._arrived and not self._cut:
+                    self._waiting = True
+                    self._wire.post(self._pay)
+                    self._ready.wait_for(lambda: self._arrived or self._cut)
+                    self._waiting = False
+                if self._cut:
+                    raise Cut
+                item = self._arrived.popleft()
+            if item is None:
+                return
+            if isinstance(item, ZTServeError):
+                raise item
+            yield item
+
+    def trailers(self) -> Block:
+        """Return the end of a call that was aborted."""
+        code, details = self.status
+        make = messages.trailers if self.has_head else messages.trailers_only
+        return make(code, details, dict(self._trailers))
+
+    def reserve(self, size: int) -> bool:
+        """Wait until `size` bytes more may be sent; return whether anybody waits."""
+        with self._ready:
+            self._ready.wait_for(self._has_room)
+            self._posted += size
+        return not self._over
+
+    def _has_room(self) -> bool:
+        return self._over or (self._posted < MAX_UNSENT_BYTES and not self._full)
+
+    def finish(self) -> None:
+        """Let go of the call: it has ended."""
+        self._over = True

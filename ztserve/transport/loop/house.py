@@ -1,0 +1,96 @@
+"""What all connections of one server share."""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ztserve.transport.http2 import Bounds
+from ztserve.transport.limits import Limits
+from ztserve.transport.loop.credentials import LoopCredentials
+from ztserve.transport.methods import Method
+from ztserve.transport.tls import Ends
+
+if TYPE_CHECKING:
+    from ztserve.transport.loop.exchange import Exchange
+    from ztserve.transport.loop.wire import Wire
+
+MAX_OF_ONE_ADDRESS = 256
+"""Connections of one address, of all that there may be."""
+
+
+class Answer(Protocol):
+    """Has a call answered on another thread."""
+
+    def __call__(self, method: Method, call: "Exchange", wire: "Wire") -> None:
+        """Begin to; what is sent is posted to `wire`."""
+
+
+class House:
+    """Limits, identity, methods and the books of one server's connections."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        ends: Ends,
+        credentials: LoopCredentials,
+        methods: dict[bytes, Method],
+        answer: Answer,
+        refused: Callable[[str, str], None],
+    ) -> None:
+        self.limits = limits
+        self.ends = ends
+        self.credentials = credentials
+        self.methods = methods
+        self.answer = answer
+        self.refused = refused
+        """Told the cause of a refused handshake, and the address."""
+        self.bounds = Bounds(
+            max_streams=limits.max_streams_per_connection,
+            max_header_bytes=limits.max_metadata_bytes,
+        )
+        self.wires: set[Wire] = set()
+        self._by_address: Counter[str] = Counter()
+        self._posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._woken = False
+        self.soon: Callable[..., object]
+        """Have something done later in this turn of the loop, or in the next."""
+        self.wake: Callable[[], object]
+        """Have `run_posted` called on the loop; from any thread."""
+
+    def enter(self, wire: "Wire", address: str) -> bool:
+        """Count a connection in; return whether there is a place for it."""
+        most = self.limits.max_connections
+        if len(self.wires) >= most or self._by_address[address] >= min(
+            most, MAX_OF_ONE_ADDRESS
+        ):
+            return False
+        self.wires.add(wire)
+        self._by_address[address] += 1
+        return True
+
+    def leave(self, wire: "Wire", address: str) -> None:
+        """Count a connection out."""
+        self.wires.discard(wire)
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
+
+    def ended(self, reason: str, address: str) -> None:
+        """Tell of a connection that was ended for what its peer did."""
+        self.refused(f"HTTP/2: {reason}", address)
+
+    def post(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Have something done on the loop, after what was posted before."""
+        self._posted.append((action, arguments))
+        if not self._woken:
+            self._woken = True
+            self.wake()
+
+    def take_posted(self) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """Return what was posted, in order."""
+        self._woken = False  # before we look: what is posted from now on wakes again
+        found = []
+        while self._posted:
+            found.append(self._posted.popleft())
+        return found

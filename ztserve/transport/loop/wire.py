@@ -1,0 +1,312 @@
+"""One connection on the loop: TLS, HTTP/2, and the calls that it carries."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+from ztserve.errors import CallError, Unavailable
+from ztserve.transport import messages
+from ztserve.transport.http2 import (
+    Code,
+    Connection,
+    DataReceived,
+    Ended,
+    Event,
+    HeadersReceived,
+    Request,
+    StreamReset,
+    Writable,
+)
+from ztserve.transport.loop.credentials import Visitor
+from ztserve.transport.loop.exchange import Exchange
+from ztserve.transport.loop.house import House
+from ztserve.transport.tls import HandshakeRefused, Session
+
+_LOG = logging.getLogger(__name__)
+
+_NEVER = float("inf")
+MAX_WAITING_BYTES = 1 << 20
+"""Sent, and not taken by the peer: then nothing more of it is read."""
+CLOSE_S = 1.0
+
+
+class Wire(asyncio.Protocol):
+    """The protocol of one client's connection."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._transport: asyncio.Transport
+        self._session: Session
+        self._http2: Connection | None = None
+        self._calls: dict[int, Exchange] = {}
+        self._flushing = False
+        self._closing = False
+        self._lost = False
+        self._expires = _NEVER
+        self._retires = time.monotonic() + house.limits.max_connection_age_s
+        self._warned = self._leaving = False
+        self.visitor = Visitor()
+        """Who is at the other end, for the credentials to judge."""
+        self.peer = ""
+        self._address = ""
+        self.post = house.post
+        """Have something done on the loop."""
+
+    # --- what asyncio tells -----------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the handshake, if there is a place for one more connection."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(MAX_WAITING_BYTES)
+        host, port = transport.get_extra_info("peername")[:2]
+        self._address = str(host)
+        if ":" in self._address:
+            self.peer = f"ipv6:%5B{host}%5D:{port}"
+        else:
+            self.peer = f"ipv4:{host}:{port}"
+        house = self._house
+        if not house.enter(self, self._address):
+            self._lost = True
+            house.refused("too many connections", self._address)
+            self._transport.abort()
+            return
+        try:
+            self._session = house.ends.accept(house.credentials.check)
+        except Unavailable as error:
+            house.refused(error.public, self._address)
+            self._transport.abort()
+            return
+        self._expires = time.monotonic() + house.limits.handshake_s
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the wire."""
+        if self._closing:
+            return
+        try:
+            self._session.receive(data)
+            if not self._session.established:
+                self._transport.write(self._session.outgoing())
+                return
+            if self._http2 is None:
+                self._begin()
+            plain = self._session.read()
+        except HandshakeRefused as refused:
+            if self._http2 is None:
+                self._house.refused(refused.cause, self._address)
+            self._transport.write(self._session.outgoing())
+            self._close()
+            return
+        if plain:
+            self._take(plain)
+        elif plain is not None:
+            self._close()
+
+    def eof_received(self) -> bool:
+        """Close: a client that stops sending is taken to have gone."""
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End what is being answered."""
+        if self._lost:
+            return
+        if self._http2 is None and not self._closing:
+            self._house.refused("connection closed in the handshake", self._address)
+        self._lost = self._closing = True
+        self._house.leave(self, self._address)
+        for call in list(self._calls.values()):
+            call.cut()
+
+    def pause_writing(self) -> None:
+        """Read no more of a peer that does not take what it asked for."""
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Read again."""
+        self._transport.resume_reading()
+
+    # --- what the house tells ---------------------------------------------------
+
+    def look(self, now: float) -> None:
+        """End what has taken too long; count anew what is counted by the second."""
+        http2 = self._http2
+        if now >= self._expires:
+            if http2 is None:
+                self._closing = True
+                self._house.refused("handshake took too long", self._address)
+            self._transport.abort()
+            return
+        if http2 is not None:
+            http2.refresh()
+            if now > self._retires and not self._leaving:
+                self.drain(final=self._warned)
+                self._warned = True
+
+    def drain(self, *, final: bool) -> None:
+        """Have the client go elsewhere; once `final`, close when its calls ended."""
+        if self._http2 is None:
+            self._transport.abort()
+            return
+        self._http2.drain(final=final)
+        self._leaving = final
+        self.flush()
+
+    def abort(self) -> None:
+        """Close now."""
+        self._transport.abort()
+
+    def consumed(self, stream_id: int, count: int) -> None:
+        """Let the client send more."""
+        if self._http2 is not None:
+            self._http2.consumed(stream_id, count)
+            self.flush()
+
+    def cancel(self, call: Exchange) -> None:
+        """End a call from our side, before its time."""
+        if self._http2 is not None and call.stream_id in self._calls:
+            self._http2.reset(call.stream_id, Code.CANCEL)
+            self._forget(call.stream_id)
+            call.cut()
+            self.flush()
+
+    # --- answers ----------------------------------------------------------------
+
+    def answer(self, call: Exchange, message: bytes) -> None:
+        """Send the one message of a unary call, and its end."""
+        http2 = self._http2
+        if http2 is not None:
+            http2.headers(call.stream_id, messages.HEAD)
+            http2.data(call.stream_id, messages.framed(message))
+            http2.headers(call.stream_id, messages.OK, end=True)
+        self._forget(call.stream_id)
+        self.flush()
+
+    def piece(self, call: Exchange, message: bytes) -> None:
+        """Send one message of a stream."""
+        http2 = self._http2
+        if http2 is not None:
+            if not call.has_head:
+                call.has_head = True
+                http2.headers(call.stream_id, messages.HEAD)
+            http2.data(call.stream_id, messages.framed(message))
+            self.flush()
+        unsent = 0 if http2 is None else http2.unsent(call.stream_id)
+        call.sent(len(message), unsent)
+
+    def end(self, call: Exchange, trailers: bytes) -> None:
+        """Send the end of a call."""
+        if self._http2 is not None:
+            if trailers is messages.OK and not call.has_head:
+                self._http2.headers(call.stream_id, messages.HEAD)
+            self._http2.headers(call.stream_id, trailers, end=True)
+        self._forget(call.stream_id)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write all that is to be sent, once in this turn of the loop."""
+        if not self._flushing:
+            self._flushing = True
+            self._house.soon(self._write)
+
+    # --- the loop's own ---------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._expires = _NEVER
+        self._http2 = Connection(client=False, bounds=self._house.bounds)
+        self.visitor.chain = self._session.chain
+        self.flush()
+
+    def _take(self, plain: bytes) -> None:
+        http2 = cast("Connection", self._http2)
+        for event in http2.receive(plain):
+            self._handle(event)
+        self.flush()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case HeadersReceived(stream_id, Request() as head, ended):
+                self._arrive(stream_id, head, ended=ended)
+            case DataReceived(stream_id, data, ended):
+                self._feed(stream_id, data, ended=ended)
+            case HeadersReceived(stream_id, _, _):  # trailers: of no meaning in gRPC
+                self._feed(stream_id, b"", ended=True)
+            case StreamReset(stream_id, _, _):
+                call = self._calls.pop(stream_id, None)
+                if call is not None:
+                    call.cut()
+            case Writable(stream_id):
+                call = self._calls.get(stream_id)
+                if call is not None:
+                    call.drained()
+            case Ended(_, reason):
+                self._house.ended(reason, self._address)
+                self.flush()
+                self._closing = True
+                for one in list(self._calls.values()):
+                    one.cut()
+            case _:
+                pass  # an answered ping; a client that begins no more calls
+
+    def _arrive(self, stream_id: int, head: Request, *, ended: bool) -> None:
+        http2 = cast("Connection", self._http2)
+        if not messages.is_grpc(head):
+            http2.headers(stream_id, messages.NOT_GRPC, end=True)
+            return
+        method = self._house.methods.get(head.path)
+        try:
+            if method is None:
+                reason = "no such method here"
+                raise messages.Unreadable(messages.UNIMPLEMENTED, reason)
+            most = self._house.limits.max_message_bytes
+            call = Exchange(self, stream_id, head, most)
+        except messages.Unreadable as error:
+            block = messages.trailers_only(error.code, error.reason, {})
+            http2.headers(stream_id, block, end=True)
+            return
+        self._calls[stream_id] = call
+        if ended:
+            call.end()
+        self._house.answer(method, call, self)
+
+    def _feed(self, stream_id: int, data: bytes, *, ended: bool) -> None:
+        call = self._calls.get(stream_id)
+        if call is None:
+            cast("Connection", self._http2).consumed(stream_id, len(data))
+            return
+        if data:
+            call.feed(data)
+        if ended:
+            call.end()
+
+    def _forget(self, stream_id: int) -> None:
+        call = self._calls.pop(stream_id, None)
+        if call is not None:
+            call.finish()
+
+    def _write(self) -> None:
+        self._flushing = False
+        if self._http2 is None or self._transport.is_closing():
+            return
+        data = self._http2.outgoing()
+        if data:
+            self._transport.write(self._session.write(data))
+        if self._http2.over or (self._leaving and not self._http2.open_streams):
+            self._close()
+
+    def _close(self) -> None:
+        self._closing = True
+        if not self._transport.is_closing():
+            self._transport.write(self._session.close())
+            self._transport.close()
+            self._expires = time.monotonic() + CLOSE_S
+
+
+def guarded(action: Callable[..., Any], *arguments: Any) -> None:
+    """Do something on the loop; a fault of one call ends no other."""
+    try:
+        action(*arguments)
+    except CallError as error:
+        _LOG.warning("a call could not be carried: %s", error)
+    except Exception:  # noqa: BLE001
+        _LOG.exception("a call could not be carried")

@@ -1,0 +1,236 @@
+"""gRPC over HTTP/2, without I/O: messages in a body, and what heads and trailers say.
+
+"gRPC over HTTP2" of the gRPC project (PROTOCOL-HTTP2.md) is the standard; names of its
+grammar are in capitals here.
+"""
+
+import base64
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+from ztserve.errors import InvalidInput
+from ztserve.transport.http2 import Block, Fields, Request, encode
+
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""Names in lower case; the values of names in ``-bin`` are bytes."""
+
+PREFIX_BYTES = 5
+ENCODINGS = b"identity,gzip"
+_UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
+_CONTENT_TYPE = re.compile(rb"application/grpc(?:[+;].*)?")
+_ASCII_VALUE = re.compile(rb"[\x20-\x7e]*")
+_RESERVED = frozenset(
+    (b"te", b"content-type", b"user-agent", b"host", b"content-length")
+)
+_PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
+
+
+class Unreadable(Exception):
+    """A body that is not a sequence of messages; `code` is gRPC's for it."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+INTERNAL, UNIMPLEMENTED = 13, 12
+
+
+class Reassembly:
+    """Makes messages of the pieces of a body (LENGTH-PREFIXED-MESSAGE), in order.
+
+    A message of over `most` bytes, as it is sent or expanded, is InvalidInput.
+    """
+
+    __slots__ = ("_buffer", "_gzip", "_most", "_size")
+
+    def __init__(self, most: int, *, gzip: bool = False) -> None:
+        self._most = most
+        self._gzip = gzip
+        """Whether messages may be compressed with gzip (the head said so)."""
+        self._buffer = bytearray()
+        self._size = -1
+        """Bytes of the message that is coming, its prefix included; -1: unknown."""
+
+    @property
+    def is_between(self) -> bool:
+        """Whether no message has begun that is not whole."""
+        return not self._buffer
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield each message that is whole with `data`.
+
+        Raises Unreadable, and InvalidInput for a message that is too large.
+        """
+        if not self._buffer and len(data) >= PREFIX_BYTES and not data[0]:
+            # What happens nearly always: one whole message in one piece.
+            size = int.from_bytes(data[1:PREFIX_BYTES], "big") + PREFIX_BYTES
+            if size == len(data) <= self._most + PREFIX_BYTES:
+                yield data[PREFIX_BYTES:]
+                return
+        self._buffer += data
+        while True:
+            if self._size < 0:
+                if len(self._buffer) < PREFIX_BYTES:
+                    return
+                self._size = self._announced() + PREFIX_BYTES
+            if len(self._buffer) < self._size:
+                return
+            message = bytes(self._buffer[PREFIX_BYTES : self._size])
+            compressed = bool(self._buffer[0])
+            del self._buffer[: self._size]
+            self._size = -1
+            yield self._expanded(message) if compressed else message
+
+    def _announced(self) -> int:
+        flag = self._buffer[0]
+        if flag > 1:
+            raise Unreadable(INTERNAL, f"a message begins with {flag}, not 0 or 1")
+        if flag and not self._gzip:
+            raise Unreadable(INTERNAL, "a compressed message, and no grpc-encoding")
+        size = int.from_bytes(self._buffer[1:PREFIX_BYTES], "big")
+        if size > self._most:
+            raise InvalidInput(
+                f"the message has {size} bytes, the limit is {self._most}"
+            )
+        return size
+
+    def _expanded(self, message: bytes) -> bytes:
+        expander = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        try:
+            whole = expander.decompress(message, self._most + 1)
+        except zlib.error as error:
+            raise Unreadable(INTERNAL, f"not gzip: {error}") from error
+        if len(whole) > self._most:
+            raise InvalidInput(
+                f"the message expands to over {self._most} bytes, which is the limit"
+            )
+        if not expander.eof or expander.unused_data:
+            raise Unreadable(INTERNAL, "gzip that is cut short, or more than gzip")
+        return whole
+
+
+def framed(message: bytes) -> bytes:
+    """Return a message as it stands in a body, not compressed."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def timeout_s(fields: Fields) -> float | None:
+    """Return the seconds of ``grpc-timeout``; None: there is none.
+
+    Raises Unreadable for one that is malformed.
+    """
+    for name, value in fields:
+        if name == b"grpc-timeout":
+            found = _TIMEOUT.fullmatch(value)
+            if found is None:
+                raise Unreadable(INTERNAL, f"grpc-timeout {value[:80]!r}")
+            return int(found[1]) * _UNIT_S[found[2]]
+    return None
+
+
+def is_gzip(fields: Fields) -> bool:
+    """Return whether messages come compressed. Raises Unreadable for another way."""
+    for name, value in fields:
+        if name == b"grpc-encoding" and value != b"identity":
+            if value != b"gzip":
+                raise Unreadable(UNIMPLEMENTED, f"grpc-encoding {value[:80]!r}")
+            return True
+    return False
+
+
+def is_grpc(request: Request) -> bool:
+    """Return whether `request` is a call of gRPC's, by method and content type."""
+    for name, value in request.fields:
+        if name == b"content-type":
+            known = _CONTENT_TYPE.fullmatch(value) is not None
+            return known and request.method == b"POST"
+    return False
+
+
+def metadata(fields: Fields) -> Metadata:
+    """Return a call's Custom-Metadata; what is gRPC's or HTTP's own is left out.
+
+    Raises Unreadable where the value of a binary name is not base64, or that of
+    another holds what is not printable ASCII.
+    """
+    found: list[tuple[str, str | bytes]] = []
+    for name, value in fields:
+        if name in _RESERVED or name.startswith(b"grpc-"):
+            continue
+        if name.endswith(b"-bin"):
+            found.extend((name.decode(), one) for one in _binary(name, value))
+        elif _ASCII_VALUE.fullmatch(value):
+            found.append((name.decode(), value.decode()))
+        else:
+            raise Unreadable(INTERNAL, f"the metadata {name[:80]!r} is not ASCII")
+    return tuple(found)
+
+
+def _binary(name: bytes, value: bytes) -> Iterator[bytes]:
+    for one in value.split(b","):
+        try:
+            yield base64.b64decode(one + b"=" * (-len(one) % 4), validate=True)
+        except ValueError as error:
+            raise Unreadable(INTERNAL, f"{name[:80]!r} is not base64") from error
+
+
+def fields_of(given: Iterable[tuple[str, str | bytes]]) -> Fields:
+    """Return metadata as fields."""
+    return tuple(
+        (
+            name.encode(),
+            base64.b64encode(value).rstrip(b"=")
+            if isinstance(value, bytes)
+            else value.encode(),
+        )
+        for name, value in given
+    )
+
+
+def percent_encoded(text: str) -> bytes:
+    """Return a status message as grpc-message bears it (Percent-Encoded)."""
+    return b"".join(
+        bytes((one,)) if one in _PLAIN else b"%%%02X" % one
+        for one in text.encode(errors="replace")
+    )
+
+
+def percent_decoded(value: bytes) -> str:
+    """Return what `percent_encoded` was given; what is malformed stands as it is."""
+    raw = re.sub(
+        rb"%([0-9A-Fa-f]{2})", lambda found: bytes((int(found[1], 16),)), value
+    )
+    return raw.decode(errors="replace")
+
+
+# --- a server's heads and trailers --------------------------------------------------
+
+_HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+HEAD: Block = encode(_HEAD)
+"""Of each answer that has a message."""
+OK: Block = encode(((b"grpc-status", b"0"),))
+"""The trailers of a call that went well."""
+NOT_GRPC: Block = encode(((b":status", b"415"),))
+
+
+def ended(code: int, message: str, more: Mapping[str, str]) -> Fields:
+    """Return the trailers of a call that ended in the status `code`."""
+    return (
+        (b"grpc-status", b"%d" % code),
+        (b"grpc-message", percent_encoded(message)),
+        *((name.encode(), value.encode()) for name, value in more.items()),
+    )
+
+
+def trailers(code: int, message: str, more: Mapping[str, str]) -> Block:
+    """Return the trailers of a call that had a head."""
+    return encode(ended(code, message, more))
+
+
+def trailers_only(code: int, message: str, more: Mapping[str, str]) -> Block:
+    """Return the whole answer of a call without a message (Trailers-Only)."""
+    return encode((*_HEAD, *ended(code, message, more)))

@@ -1,0 +1,268 @@
+"""Mutual TLS 1.3 between verified ends, without a socket.
+
+pyOpenSSL over memory: keys never touch a file, and the peer's chain is judged inside
+the handshake, before our Finished leaves: a server turns a stranger away with an alert,
+and a client shows its own certificate to nobody but the server that it means. OpenSSL
+is given no roots: it proves that the peer holds its key, and `identity` alone says who
+that is. No session is resumed, no ticket can be used, no early data is taken.
+
+A context belongs to one state of our identity; a connection keeps the one that it
+began with, and its peer is judged anew by whatever holds now (`Ends.judge`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL
+
+from ztserve.errors import CallError, IdentityError, Unauthenticated, Unavailable
+from ztserve.identity import Identity, PeerVerifier, Source
+from ztserve.types import Peer
+
+ALPN = b"h2"
+MAX_CERTIFICATES = 8
+"""Of a peer's chain."""
+_RECORD_BYTES = 16 * 1024
+_TOO_LONG = 22  # X509_V_ERR_CERT_CHAIN_TOO_LONG
+
+Judge = Callable[[Sequence[bytes]], Peer]
+"""Who a chain (DER, leaf first) proves; raises CallError for nobody."""
+
+
+class HandshakeRefused(Exception):
+    """A handshake that failed; `cause` is for the audit, in few words."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One coherent state: our own identity, and how others are judged by it."""
+
+    identity: Identity
+    verifier: PeerVerifier
+    server: SSL.Context
+    client: SSL.Context
+
+
+class Ends:
+    """Our end of connections, in either role, always with the current identity.
+
+    The constructor raises IdentityError where `source` has no valid identity.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._state = _built(source.current())
+
+    @property
+    def identity(self) -> Identity:
+        """What we are now. Raises Unavailable where that is nothing."""
+        return self._current().identity
+
+    def accept(self, judge: Callable[[Peer], object]) -> "Session":
+        """Return the server's end of a new connection.
+
+        `judge` may refuse a verified peer by raising CallError.
+        """
+        state = self._current()
+
+        def judged(chain: Sequence[bytes]) -> Peer:
+            peer = state.verifier.verify(chain)
+            judge(peer)
+            return peer
+
+        return Session(SSL.Connection(state.server, None), judged, client=False)
+
+    def connect(self, judge: Callable[[Peer], object]) -> "Session":
+        """Return the client's end of a new connection, to whom `judge` lets it be."""
+        state = self._current()
+
+        def judged(chain: Sequence[bytes]) -> Peer:
+            peer = state.verifier.verify(chain)
+            judge(peer)
+            return peer
+
+        return Session(SSL.Connection(state.client, None), judged, client=True)
+
+    def judge(self, chain: Sequence[bytes]) -> Peer:
+        """Return whom `chain` proves at this moment, by the bundles of this moment.
+
+        Raises Unauthenticated where that does not hold (any more), Unavailable where we
+        have no valid identity of our own.
+        """
+        return self._current().verifier.verify(chain)
+
+    def _current(self) -> _State:
+        try:
+            identity = self._source.current()
+        except IdentityError as error:
+            raise Unavailable(
+                "this server has no valid identity now", f"no identity: {error}"
+            ) from error
+        state = self._state
+        if identity is not state.identity:
+            self._state = state = _built(identity)
+        return state
+
+
+def _built(identity: Identity) -> _State:
+    verifier = PeerVerifier(identity.bundles)
+    server = _context(identity, SSL.TLS_SERVER_METHOD)
+    server.set_alpn_select_callback(_chosen)
+    client = _context(identity, SSL.TLS_CLIENT_METHOD)
+    client.set_alpn_protos([ALPN])
+    return _State(identity, verifier, server, client)
+
+
+def _context(identity: Identity, method: int) -> SSL.Context:
+    context = SSL.Context(method)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_options(
+        SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
+    )
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    leaf, *between = map(x509.load_der_x509_certificate, identity.svid.chain_der)
+    context.use_certificate(leaf)
+    for certificate in between:
+        context.add_extra_chain_cert(certificate)
+    context.use_privatekey(identity.svid.key)
+    context.check_privatekey()
+    context.set_verify_depth(MAX_CERTIFICATES)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _seen)
+    return context
+
+
+def _chosen(_connection: SSL.Connection, offered: list[bytes]) -> bytes | Any:
+    return ALPN if ALPN in offered else SSL.NO_OVERLAPPING_PROTOCOLS
+
+
+def _seen(
+    connection: SSL.Connection, certificate: Any, error: int, depth: int, ok: int
+) -> bool:
+    """Take one certificate of the peer's; at the leaf, judge them all.
+
+    OpenSSL calls this for each certificate of the path that it built from what was
+    sent, and for each fault that it finds: with no roots there always is one. The last
+    call is for the leaf, whose signature by the next has been checked by then.
+    """
+    session: Session = connection.get_app_data()
+    if error == _TOO_LONG or not 0 <= depth < MAX_CERTIFICATES:
+        raise Unauthenticated("the peer's identity could not be verified", "chain long")
+    session.take(certificate, depth, last=bool(ok) and depth == 0)
+    return True
+
+
+class Session:
+    """TLS without a socket: bytes of the wire in and out, plain bytes in and out."""
+
+    __slots__ = ("_judge", "_seen", "_tls", "chain", "established", "peer")
+
+    def __init__(self, tls: SSL.Connection, judge: Judge, *, client: bool) -> None:
+        self._tls = tls
+        self._judge = judge
+        self._seen: dict[int, x509.Certificate] = {}
+        self.established = False
+        self.chain: tuple[bytes, ...] = ()
+        """The peer's certificates (DER, leaf first), once they were judged."""
+        self.peer: Peer | None = None
+        tls.set_app_data(self)
+        if client:
+            tls.set_connect_state()
+        else:
+            tls.set_accept_state()
+
+    def begin(self) -> bytes:
+        """Return what a client sends first. Raises HandshakeRefused."""
+        self._shake_hands()
+        return self.outgoing()
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the wire; go on with the handshake where it is not done.
+
+        Raises HandshakeRefused.
+        """
+        at = self._tls.bio_write(data)
+        while at < len(data):
+            at += self._tls.bio_write(data[at:])
+        if not self.established:
+            self._shake_hands()
+
+    def read(self) -> bytes | None:
+        """Return plain bytes, b"" at the end, None where more is needed first.
+
+        Raises HandshakeRefused where the peer refused us: in TLS 1.3 a client hears of
+        that only here.
+        """
+        pieces = []
+        try:
+            while True:
+                pieces.append(self._tls.recv(_RECORD_BYTES))
+        except SSL.WantReadError:
+            return b"".join(pieces) or None
+        except SSL.ZeroReturnError:
+            return b"".join(pieces)
+        except SSL.Error as error:
+            if pieces:
+                return b"".join(pieces)
+            raise HandshakeRefused(_cause(error)) from None
+
+    def write(self, data: bytes) -> bytes:
+        """Return what to send on the wire so that `data` arrives."""
+        at = self._tls.send(data)
+        while at < len(data):
+            at += self._tls.send(data[at:])
+        return self.outgoing()
+
+    def close(self) -> bytes:
+        """Return what to send on the wire to end the connection properly."""
+        if self.established:
+            try:
+                self._tls.shutdown()
+            except SSL.Error:
+                return b""
+        return self.outgoing()
+
+    def outgoing(self) -> bytes:
+        """Return what TLS itself has to send."""
+        pieces = []
+        try:
+            while True:
+                pieces.append(self._tls.bio_read(_RECORD_BYTES + 1024))
+        except SSL.WantReadError:
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def take(self, certificate: Any, depth: int, *, last: bool) -> None:
+        """Take a certificate from OpenSSL; at the last one, judge. Raises CallError."""
+        self._seen[depth] = certificate.to_cryptography()
+        if last:
+            found = [self._seen[at] for at in range(len(self._seen))]
+            self.chain = tuple(one.public_bytes(Encoding.DER) for one in found)
+            self.peer = self._judge(self.chain)
+
+    def _shake_hands(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except SSL.WantReadError:
+            return
+        except SSL.Error as error:
+            raise HandshakeRefused(_cause(error)) from None
+        except CallError as error:
+            raise HandshakeRefused(f"peer refused: {error.reason}"[:300]) from error
+        if self.peer is None or self._tls.get_alpn_proto_negotiated() != ALPN:
+            raise HandshakeRefused("no application protocol, or no certificate")
+        self._seen.clear()
+        self.established = True
+
+
+def _cause(error: SSL.Error) -> str:
+    reasons = error.args[0] if error.args else ()
+    for reason in reasons if isinstance(reasons, list) else ():
+        return str(reason[2])[:64]
+    return "connection closed"
