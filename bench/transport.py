@@ -27,7 +27,7 @@ from bench.load import CASES, Arm, LoadError, build_shim, require_tools
 from bench.request import UNITS, Samples, measure, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ztserve.types import Call, Description, Receive, Reply
 
@@ -45,6 +45,15 @@ class Echo:
         from ztserve.types import Reply
 
         return Reply(receive().inputs)
+
+    takes_several = True
+
+    def infer_all(
+        self, calls: Sequence[tuple[Call, Receive]]
+    ) -> Iterator[tuple[int, Reply]]:
+        """Answer several requests."""
+        for at, (call, receive) in enumerate(calls):
+            yield at, self.infer(call, receive)
 
     def stream(self, call: Call, receive: Receive) -> Iterator[Reply]:
         """Answer one request of a stream."""

@@ -13,16 +13,28 @@ leaves piece by piece through the same filter.
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
+from typing import TypeAlias
 
 from ztserve.audit import Log, Record
 from ztserve.authorization import PolicySet
 from ztserve.errors import AuditError
 from ztserve.filtering import OutputFilter
-from ztserve.inference import Runner
-from ztserve.types import Call, Description, Inputs, Receive, Reply, Request
+from ztserve.inference import Place, Runner
+from ztserve.types import (
+    Call,
+    Description,
+    Inputs,
+    Outputs,
+    Receive,
+    Reply,
+    Request,
+)
 from ztserve.validation import Validator
+
+_Walk: TypeAlias = Generator[tuple[Place, Inputs], Outputs, Reply]
 
 
 class Pipeline:
@@ -59,13 +71,53 @@ class Pipeline:
         Raises CallError for what the caller may be told, InferenceError for what only
         the audit may, AuditError where the record cannot be written.
         """
+        walk = self._walk(call, receive)
+        place, inputs = next(walk)
+        return _arrived(walk, partial(place.run, call, inputs))
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether `infer_all` is of use: several calls of one thread in one step."""
+        return not self._runner.overlaps
+
+    def infer_all(
+        self, calls: Sequence[tuple[Call, Receive]]
+    ) -> Iterator[tuple[int, Reply | Exception]]:
+        """Answer several requests on one thread, as `infer` each; bodies are there.
+
+        They walk alone, but for the model, through which they are taken together.
+        Yields each one's place in `calls` and what became of it, as soon as it is
+        known.
+        """
+        waiting: list[tuple[int, _Walk, Place, Call, Inputs]] = []
+        for at, (call, receive) in enumerate(calls):
+            walk = self._walk(call, receive)
+            try:
+                place, inputs = next(walk)
+            except Exception as error:  # noqa: BLE001 - it is that call's alone
+                yield at, error
+            else:
+                waiting.append((at, walk, place, call, inputs))
+        if not waiting:
+            return
+        answers = self._runner.run_all([one[2:] for one in waiting])
+        for (at, walk, *_), answer in zip(waiting, answers, strict=True):
+            try:
+                reply = _arrived(walk, answer)
+            except Exception as error:  # noqa: BLE001 - it is that call's alone
+                yield at, error
+            else:
+                yield at, reply
+
+    def _walk(self, call: Call, receive: Receive) -> "_Walk":
+        """Walk one request; yields what goes into the model and is sent its answer."""
         with self._record(call) as record:
             self._judge(call, record)
             with self._runner.admit() as place:
                 request = receive()
                 record.received(request)
                 inputs = self._checked(request, record)
-                outputs = place.run(call, inputs)
+                outputs = yield place, inputs
                 record.stage("inference")
             reply = self._outputs.release(outputs, request.outputs)
             record.released(reply)
@@ -131,3 +183,18 @@ class Pipeline:
         finally:
             with self._counting:
                 self._outcomes[record.outcome] += 1
+
+
+def _arrived(walk: _Walk, answer: Callable[[], Outputs]) -> Reply:
+    """Wait for the model, and walk the rest of the way."""
+    try:
+        outputs = answer()
+    except BaseException as error:
+        walk.throw(error)  # through the record, which says how it ended
+        raise
+    try:
+        walk.send(outputs)
+    except StopIteration as done:
+        reply: Reply = done.value
+        return reply
+    raise AssertionError("a walk that goes on after the model")

@@ -530,3 +530,122 @@ def test_with_a_full_log_calls_end_and_refusals_are_still_written(house):
     assert one.records()[-1]["status_code"] in ("Denied", "AuditError")
     assert any(r["status_code"] == "Denied" for r in one.records())
     assert verify_log(one.path).status == "self-consistent"
+
+
+# --- several calls of one thread ----------------------------------------------------
+
+
+def outcomes_of(one):
+    return [record["status"] for record in one.records()]
+
+
+def several(one, *calls):
+    """Answer them together; return each one's outcome, in their order."""
+    pairs = [(call, one.receive(body)) for call, body in calls]
+    found = dict(one.pipeline.infer_all(pairs))
+    assert sorted(found) == list(range(len(calls)))
+    return [found[at] for at in range(len(calls))]
+
+
+def test_several_calls_are_answered_as_each_alone_and_run_in_one_step(house):
+    one = house(batch=Batch(8))
+    rows = [(1, 2), (3, 4), (5, 6)]
+    together = several(one, *((a_call(), request(row)) for row in rows))
+    assert len(one.reached) == 1
+    assert one.reached[0]["x"].shape == (3, 2)
+    alone = [one.pipeline.infer(a_call(), one.receive(request(r))) for r in rows]
+    assert [r.outputs for r in together] == [r.outputs for r in alone]
+    assert one.at_rest()
+    assert outcomes_of(one) == ["released"] * 6
+
+
+def test_of_several_calls_each_is_refused_for_its_own_fault_alone(house):
+    one = house(batch=Batch(8))
+    outcomes = several(
+        one,
+        (a_call(), request((1, 2))),
+        (a_call(peer=STRANGER), request((1, 2))),
+        (a_call(), request((1, 99))),
+        (a_call(), NotFound("no such model")),
+        (a_call(cancelled=lambda: True), request((1, 2))),
+        (a_call(seconds=-1), request((1, 2))),
+        (a_call(), request((3, 4))),
+    )
+    kinds = [type(it).__name__ for it in outcomes]
+    assert kinds == [
+        "Reply",
+        "Denied",
+        "InvalidInput",
+        "NotFound",
+        "Cancelled",
+        "DeadlineExceeded",
+        "Reply",
+    ]
+    assert len(one.read) == 6  # that of the stranger was not
+    assert [given["x"].shape for given in one.reached] == [(2, 2)]
+    assert (
+        sorted(outcomes_of(one)) == ["cancelled"] + ["refused"] * 4 + ["released"] * 2
+    )
+
+
+def test_a_model_that_fails_on_one_of_several_fails_that_one(house):
+    def touchy(x):
+        if (x == 7).any():
+            raise ValueError("seven")
+        return x * 2
+
+    one = house(touchy, batch=Batch(8))
+    outcomes = several(one, *((a_call(), request((n, n))) for n in (1, 7, 2)))
+    assert [type(it).__name__ for it in outcomes] == [
+        "Reply",
+        "InferenceError",
+        "Reply",
+    ]
+    assert outcomes_of(one) == ["released", "failed", "released"]
+
+
+def test_without_a_batch_each_of_several_is_answered_as_soon_as_it_is_done(house):
+    one = house()
+    pairs = [(a_call(), one.receive(request((n, n)))) for n in (1, 2, 3)]
+    answers = one.pipeline.infer_all(pairs)
+    assert next(answers)[0] == 0
+    assert len(one.reached) == 1
+    assert [at for at, _ in answers] == [1, 2]
+    assert len(one.reached) == 3
+
+
+def test_what_cannot_be_audited_leaves_for_none_of_several(house, monkeypatch):
+    one = house(batch=Batch(8))
+
+    def full(_record):
+        raise AuditError("the disk is full")
+
+    monkeypatch.setattr(one.log, "_write", full)
+    outcomes = several(one, *((a_call(), request((1, 2))) for _ in range(3)))
+    assert [type(it) for it in outcomes] == [AuditError] * 3
+
+
+def test_several_that_nobody_reads_to_the_end_give_their_places_back(house):
+    one = house(batch=Batch(1))
+    pairs = [(a_call(), one.receive(request((n, n)))) for n in (1, 2, 3)]
+    answers = one.pipeline.infer_all(pairs)
+    next(answers)
+    answers.close()
+    del answers, pairs
+    import gc
+
+    gc.collect()
+    assert one.at_rest()
+    assert one.pipeline.infer(a_call(), one.receive(request((1, 2)))).outputs
+
+
+def test_an_async_model_takes_its_calls_one_by_one_and_side_by_side(house):
+    async def double_later(x):
+        return x * 2
+
+    one = house()
+    assert one.pipeline.takes_several
+    one.pipeline._runner = Runner(double_later, inputs=X, outputs=Y)
+    assert not one.pipeline.takes_several
+    one.pipeline._runner = Runner(double_later, inputs=X, outputs=Y, batch=Batch(4))
+    assert one.pipeline.takes_several

@@ -1,6 +1,6 @@
 """Run it: how do checked inputs pass through the model, one step at a time?"""
 
 from ztserve.inference.context import current_call, current_calls
-from ztserve.inference.runner import Runner
+from ztserve.inference.runner import Place, Runner
 
-__all__ = ["Runner", "current_call", "current_calls"]
+__all__ = ["Place", "Runner", "current_call", "current_calls"]

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from ztserve.types import Array, Batch, Call, Inputs, Outputs
 
 Step = Callable[[tuple[Call, ...], Inputs], Outputs]
 """Takes joined inputs through the model. Raises ZTServeError."""
+
+
+Answer = Callable[[], Outputs]
+"""Waits for one call's share of a step. Raises ZTServeError."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,20 +78,38 @@ class Combiner:
         `expected`: the call was counted by `expect`; it no longer is once it queues.
         """
         job = Job(call, inputs)
-        self._join(job, expected=expected)
+        self._join((job,), expected=expected)
+        return self._answered(job)
+
+    def run_all(self, calls: Sequence[tuple[Call, Inputs]]) -> Iterator[Answer]:
+        """Queue several that were expected at once; return each one's answer in turn.
+
+        They are one thread's: each answer must be asked for before the next, and the
+        first to be asked for takes the others along.
+        """
+        jobs = [Job(call, inputs) for call, inputs in calls]
+        self._join(jobs, expected=len(jobs))
+        try:
+            for job in jobs:
+                yield partial(self._answered, job)
+        finally:
+            for job in jobs:  # those whose answers nobody asked for
+                self._leave(job)
+
+    def _answered(self, job: Job) -> Outputs:
         try:
             if job.leads or self._wait(job):
-                with self._turns.turn(call):
+                with self._turns.turn(job.call):
                     self._execute(self._collect())
         finally:
             self._leave(job)
         return job.answer()
 
-    def _join(self, job: Job, *, expected: bool) -> None:
+    def _join(self, jobs: Sequence[Job], *, expected: int) -> None:
         with self._mutex:
-            self._queue.append(job)
+            self._queue.extend(jobs)
             self._expected -= expected
-            job.leads = not self._busy
+            jobs[0].leads = not self._busy
             self._busy = True
             if self._collecting:
                 self._more.notify()
@@ -106,6 +129,7 @@ class Combiner:
                 job.queued = False
                 self._queue.remove(job)
             if job.leads:
+                job.leads = False
                 self._busy = bool(self._queue)
                 if self._queue:
                     self._queue[0].leads = True

@@ -82,6 +82,23 @@ class Runner:
         """Calls that are running or queued: what autoscaling looks at."""
         return self._admitted
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether calls run side by side, so that several are no use to one thread."""
+        return self._overlaps
+
+    def run_all(
+        self, calls: Sequence[tuple["Place", Call, Inputs]]
+    ) -> Iterator[Callable[[], Outputs]]:
+        """Take several admitted calls of one thread through the model, together.
+
+        Yields, in their order, what returns each one's answer or raises as `Place.run`;
+        each is to be called before the next is asked for.
+        """
+        for place, _, _ in calls:
+            place.joins()
+        return self._combiner.run_all([(call, inputs) for _, call, inputs in calls])
+
     @contextmanager
     def admit(self) -> Iterator["Place"]:
         """Hold a place in the bounded queue; raise Overloaded where there is none."""
@@ -195,6 +212,10 @@ class Place:
         if self._expected:
             self._expected = False
             self._runner._not_expected()  # noqa: SLF001 - one pair, one module
+
+    def joins(self) -> None:
+        """Note that this call is about to queue, and is expected no more by then."""
+        self._expected = False
 
     def run(self, call: Call, inputs: Inputs) -> Outputs:
         """Take one call's inputs through the model; a text stream is joined.

@@ -1,8 +1,8 @@
 """What a server answers: the methods of the Open Inference Protocol."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import ztserve
 from ztserve.errors import InferenceError, InvalidInput, NotFound, Withheld
@@ -22,6 +22,11 @@ SERVICE = "/inference.GRPCInferenceService/"
 
 Read: TypeAlias = Callable[[], bytes]
 """Reads the one message of a call, bounded in bytes and time."""
+
+
+Outcome: TypeAlias = tuple[int, bytes | Exception]
+"""A call's place among several, and its answer or its error."""
+AnswerAll: TypeAlias = Callable[[Sequence[tuple[Call, Read]]], Iterator[Outcome]]
 
 
 class Exchange(Protocol):
@@ -44,6 +49,8 @@ class Method:
     operation: Operation
     answer: Callable[[Call, Read], bytes] | None = None
     stream: Callable[[Exchange], Iterator[bytes]] | None = None
+    answer_all: AnswerAll | None = None
+    """Answers several calls whose messages are there, on one thread; where given."""
 
 
 def inference_methods(
@@ -64,9 +71,15 @@ def inference_methods(
         "ModelMetadata": door.model_metadata,
         "ModelInfer": door.infer,
     }
+    several = door.infer_all if getattr(service, "takes_several", False) else None
     return (
         *(
-            Method(SERVICE + name, named[name], answer=answer)
+            Method(
+                SERVICE + name,
+                named[name],
+                answer=answer,
+                answer_all=several if name == "ModelInfer" else None,
+            )
             for name, answer in answers.items()
         ),
         Method(
@@ -85,6 +98,17 @@ class _Inference:
         receive = self._receiver(read)
         reply = self._service.infer(call, receive)
         return self._encoded(reply, receive.request).SerializeToString()
+
+    def infer_all(self, calls: Sequence[tuple[Call, Read]]) -> Iterator[Outcome]:
+        service = cast("Any", self._service)
+        receivers = [self._receiver(read) for _, read in calls]
+        pairs = [(call, it) for (call, _), it in zip(calls, receivers, strict=True)]
+        for at, outcome in service.infer_all(pairs):
+            if isinstance(outcome, Exception):
+                yield at, outcome
+            else:
+                message = self._encoded(outcome, receivers[at].request)
+                yield at, message.SerializeToString()
 
     def stream(self, exchange: Exchange) -> Iterator[bytes]:
         call, read = exchange.call, exchange.read

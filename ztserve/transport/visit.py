@@ -1,9 +1,9 @@
 """How one call is received: judged, admitted, answered or refused, and let go."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 
@@ -45,6 +45,43 @@ def answer(
         visit.refuse(context, error)
     finally:
         visit.leave()
+
+
+Several: TypeAlias = Sequence[tuple[Iterator[bytes], Any]]
+"""Of each call its messages and its context."""
+
+
+def answer_all(
+    desk: Desk, method: Method, several: Several
+) -> Iterator[tuple[int, bytes | None]]:
+    """Answer unary calls whose messages are there; yield each one's place and answer.
+
+    None: that call's context was aborted.
+    """
+    visits: list[_Visit] = []
+    entered: list[tuple[int, Call]] = []
+    try:
+        for at, (messages, context) in enumerate(several):
+            visits.append(_Visit(desk, method, messages, context))
+            try:
+                call = visits[at].enter(context, desk.limits.max_call_s)
+            except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+                visits[at].refused(context, error)
+                yield at, None
+            else:
+                entered.append((at, call))
+        calls = [(call, visits[at].read) for at, call in entered]
+        for position, outcome in method.answer_all(calls):  # type: ignore[misc]
+            at = entered[position][0]
+            if isinstance(outcome, Exception):
+                visits[at].refused(several[at][1], outcome)
+                yield at, None
+            else:
+                visits[at].leave()
+                yield at, outcome
+    finally:
+        for visit in visits:
+            visit.leave()
 
 
 def stream(
@@ -153,12 +190,22 @@ class _Visit:
         context.set_trailing_metadata(status.trailers(error, call_id))
         context.abort(status.status(error).code, status.sentence(error, call_id))
 
+    def refused(self, context: grpc.ServicerContext, error: Exception) -> None:
+        """End one call of several with the status of `error`, and let go of it."""
+        try:
+            self.refuse(context, error)
+        except Exception as ended:  # noqa: BLE001 - how a context aborts
+            ended.__traceback__ = None
+        finally:
+            self.leave()
+
     def leave(self) -> None:
-        """Give the call's place free, and let go of gRPC's part of it."""
+        """Give the call's place free, and let go of gRPC's part of it, once."""
         self._desk.reaper.discard(self.rpc)
         self._cancelled.end()
         self.rpc.end()
         if self._admitted and self.peer is not None:
+            self._admitted = False
             self._desk.admission.leave(self.peer.id)
 
     def _tell(self, error: CallError, address: str, port: int) -> None:

@@ -49,7 +49,7 @@ class Exchange:
         self._ready = threading.Condition()
         self._waiting = False
         self._owed = 0
-        self._cut = False
+        self._cut = self._ended = False
         self._over = False
         self._trailers: tuple[tuple[str, str], ...] = ()
         self._posted = 0
@@ -80,8 +80,14 @@ class Exchange:
 
     def end(self) -> None:
         """Note that the caller sends no more."""
+        self._ended = True
         whole = self._body.is_between
         self._arrive([None if whole else InvalidInput("a message is cut short")])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that the caller will send is here."""
+        return bool(self._arrived) and self._ended
 
     def cut(self) -> None:
         """Note that the stream or its connection ended early."""

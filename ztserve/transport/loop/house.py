@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ztserve.transport.http2 import Bounds
 from ztserve.transport.limits import Limits
@@ -18,11 +18,14 @@ MAX_OF_ONE_ADDRESS = 256
 """Connections of one address, of all that there may be."""
 
 
-class Answer(Protocol):
-    """Has a call answered on another thread."""
+Arrived: TypeAlias = "tuple[Method, Exchange, Wire]"
 
-    def __call__(self, method: Method, call: "Exchange", wire: "Wire") -> None:
-        """Begin to; what is sent is posted to `wire`."""
+
+class Answer(Protocol):
+    """Has calls of one method answered on another thread."""
+
+    def __call__(self, several: "list[Arrived]") -> None:
+        """Begin to; what is sent is posted to the wires."""
 
 
 class House:
@@ -52,11 +55,29 @@ class House:
         self.wires: set[Wire] = set()
         self._by_address: Counter[str] = Counter()
         self._posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._fresh: list[Arrived] = []
         self._woken = False
         self.soon: Callable[..., object]
         """Have something done later in this turn of the loop, or in the next."""
         self.wake: Callable[[], object]
         """Have `run_posted` called on the loop; from any thread."""
+
+    def arrived(self, method: Method, call: "Exchange", wire: "Wire") -> None:
+        """Take a call; what arrives in one turn of the loop is answered together."""
+        if not self._fresh:
+            self.soon(self._dispatch)
+        self._fresh.append((method, call, wire))
+
+    def _dispatch(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        together: dict[int, list[Arrived]] = {}
+        for method, call, wire in fresh:
+            if method.answer_all is not None and call.is_whole:
+                together.setdefault(id(method), []).append((method, call, wire))
+            else:
+                self.answer([(method, call, wire)])
+        for several in together.values():
+            self.answer(several)
 
     def enter(self, wire: "Wire", address: str) -> bool:
         """Count a connection in; return whether there is a place for it."""

@@ -15,12 +15,12 @@ from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.limits import Limits
 from ztserve.transport.loop.credentials import LoopCredentials
 from ztserve.transport.loop.exchange import Aborted, Exchange
-from ztserve.transport.loop.house import House
+from ztserve.transport.loop.house import Arrived, House
 from ztserve.transport.loop.wire import Wire, guarded
 from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.tls import Ends
-from ztserve.transport.visit import Desk, answer, stream
+from ztserve.transport.visit import Desk, answer, answer_all, stream
 from ztserve.transport.workers import Workers
 
 _LOG = logging.getLogger(__name__)
@@ -168,9 +168,27 @@ class LoopServer:
 
     # --- calls ------------------------------------------------------------------
 
-    def _answer(self, method: Method, call: Exchange, wire: Wire) -> None:
-        handle = self._unary if method.answer else self._stream
-        self._workers.submit(handle, method, call, wire)
+    def _answer(self, several: list[Arrived]) -> None:
+        method, call, wire = several[0]
+        if method.answer_all is not None and call.is_whole:
+            self._workers.submit(self._together, method, several)
+        else:
+            handle = self._unary if method.answer else self._stream
+            self._workers.submit(handle, method, call, wire)
+
+    def _together(self, method: Method, several: list[Arrived]) -> None:
+        pairs = [(call.messages(), call) for _, call, _ in several]
+        left = dict(enumerate(several))
+        try:
+            for at, message in answer_all(self._desk, method, pairs):
+                _, call, wire = left.pop(at)
+                if message is None:
+                    wire.post(wire.end, call, call.trailers())
+                else:
+                    wire.post(wire.answer, call, message)
+        finally:
+            for _, call, wire in left.values():  # by a fault of ours
+                wire.post(wire.end, call, call.trailers())
 
     def _unary(self, method: Method, call: Exchange, wire: Wire) -> None:
         try:

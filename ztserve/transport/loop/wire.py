@@ -267,7 +267,7 @@ class Wire(asyncio.Protocol):
         self._calls[stream_id] = call
         if ended:
             call.end()
-        self._house.answer(method, call, self)
+        self._house.arrived(method, call, self)
 
     def _feed(self, stream_id: int, data: bytes, *, ended: bool) -> None:
         call = self._calls.get(stream_id)
