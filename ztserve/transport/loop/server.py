@@ -1,6 +1,7 @@
 """The mTLS gRPC server on a loop of its own."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -16,6 +17,7 @@ from ztserve.transport.limits import Limits
 from ztserve.transport.loop.credentials import LoopCredentials
 from ztserve.transport.loop.exchange import Aborted, Exchange
 from ztserve.transport.loop.house import Arrived, House
+from ztserve.transport.loop.refusals import RefusedHandshakes
 from ztserve.transport.loop.wire import Wire, guarded
 from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
@@ -57,6 +59,8 @@ class LoopServer:
         self._proof = proof
         self._admission = Admission(limits)
         self._reaper = Reaper()
+        self._refusals = RefusedHandshakes(self._report)
+        self._unsubscribe: list[Callable[[], None]] = []
         self._workers = Workers()
         self._house: House | None = None
         self._desk: Desk
@@ -103,8 +107,13 @@ class LoopServer:
             credentials=credentials,
             methods={one.path.encode(): one for one in self._methods},
             answer=self._answer,
-            refused=self._refused,
+            refused=self._refusals.add,
         )
+        self._unsubscribe = [
+            one.subscribe(self._judge_soon)
+            for one in (self._source, self._quarantine)
+            if one is not None
+        ]
         started = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(started,), name="ztserve-loop", daemon=True
@@ -122,6 +131,8 @@ class LoopServer:
         if self._house is None or self._thread is None:
             return
         house, self._house = self._house, None
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
         self._loop.call_soon_threadsafe(self._leave, house)
         until = time.monotonic() + grace_s
         while house.wires and time.monotonic() < until:
@@ -156,10 +167,12 @@ class LoopServer:
                 now = time.monotonic()
                 for wire in list(house.wires):
                     wire.look(now)
+                self._tell()
         for wire in list(house.wires):
             wire.abort()
         self._server.close()
         await asyncio.sleep(0)
+        self._tell()
 
     def _leave(self, house: House) -> None:
         self._server.close()
@@ -209,9 +222,26 @@ class LoopServer:
         else:
             wire.post(wire.end, call, messages.OK)
 
-    def _refused(self, cause: str, address: str) -> None:
+    # --- what nobody sees otherwise ---------------------------------------------
+
+    def _judge_soon(self) -> None:
+        # The loop may have ended, when its subscription had not.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._judge)
+
+    def _judge(self) -> None:
+        house = self._house
+        for wire in list(house.wires) if house is not None else ():
+            wire.judge()
+
+    def _tell(self) -> None:
+        if self._refusals:
+            # On another thread: whoever is told may write to a disk.
+            self._workers.submit(self._refusals.tell)
+
+    def _report(self, cause: str, count: int, address: str) -> None:
         if self._on_handshake_refused is not None:
-            self._on_handshake_refused(cause, 1, address)
+            self._on_handshake_refused(cause, count, address)
 
 
 def _run_posted(house: House) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
-from ztserve.errors import CallError, Unavailable
+from ztserve.errors import CallError, Unauthenticated, Unavailable
 from ztserve.transport import messages
 from ztserve.transport.http2 import (
     Code,
@@ -139,9 +139,25 @@ class Wire(asyncio.Protocol):
             return
         if http2 is not None:
             http2.refresh()
+            self.judge()
             if now > self._retires and not self._leaving:
                 self.drain(final=self._warned)
                 self._warned = True
+
+    def judge(self) -> None:
+        """Close soon where the peer's identity does not hold any more.
+
+        Not at once: calls are refused by name meanwhile, and streams end by it.
+        """
+        if self._http2 is None or self._expires < _NEVER:
+            return
+        try:
+            self._house.credentials.peer(self.visitor)
+        except Unauthenticated as error:
+            self._house.refused(f"peer refused: {error.reason}", self._address)
+            self._expires = time.monotonic() + CLOSE_S
+        except Unavailable:
+            return  # it is we who have no identity; each call is told so
 
     def drain(self, *, final: bool) -> None:
         """Have the client go elsewhere; once `final`, close when its calls ended."""

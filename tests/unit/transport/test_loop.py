@@ -1,0 +1,263 @@
+"""What only the server on a loop of its own does."""
+
+import socket
+import ssl
+import tempfile
+import threading
+import time
+
+import grpc
+import pytest
+
+from tests.unit.transport import support
+from tests.unit.transport.support import (
+    CLI,
+    GATEWAY,
+    INFER,
+    SERVER,
+    STREAM,
+    MovingSource,
+    message,
+    serving,
+)
+from ztserve.identity import Identity
+from ztserve.testing import ThrowAwayAuthority
+from ztserve.transport import Limits
+from ztserve.transport.http2 import frames
+from ztserve.transport.loop import LoopServer
+from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
+
+Code = grpc.StatusCode
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def loop(monkeypatch):
+    monkeypatch.setattr(support, "Server", LoopServer)
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+def until(fact, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def connected(served, svid=None):
+    """A TLS connection of Python's own, with a client's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    svid = svid or served.authority.issue(CLI)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(svid.chain_pem() + svid.key_pem())
+        file.flush()
+        context.load_cert_chain(file.name)
+    raw = socket.create_connection((served.host, served.port), timeout=5)
+    return context.wrap_socket(raw)
+
+
+def closes(connection, seconds=3.0):
+    """Whether the other end closes, within a time."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def test_each_refused_handshake_is_told_with_cause_and_address(authority, told):
+    stranger = ThrowAwayAuthority(authority.trust_domain)
+    with serving(
+        authority, on_handshake_refused=lambda *what: told.append(what)
+    ) as served:
+        for _ in range(3):
+            with socket.create_connection((served.host, served.port)) as raw:
+                raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                raw.recv(100)
+        with pytest.raises(OSError), connected(served, stranger.issue(CLI)) as one:
+            one.recv(1)
+        socket.create_connection((served.host, served.port)).close()
+        until(lambda: sum(count for _, count, _ in told) == 5)
+    causes = {cause: count for cause, count, address in told}
+    assert {address for *_, address in told} == {"127.0.0.1"}
+    assert causes["http request"] == 3
+    assert causes["connection closed in the handshake"] == 1
+    assert any("trust" in c or "authority" in c for c in causes if "peer refused" in c)
+
+
+def test_what_strangers_can_vary_is_counted_within_bounds(told):
+    refusals = RefusedHandshakes(lambda *what: told.append(what))
+    for number in range(1000):
+        refusals.add(f"cause {number}", "10.0.0.1")
+    refusals.tell()
+    assert len(told) == MAX_KINDS + 1
+    assert told[-1] == ("several causes", 1000 - MAX_KINDS, "")
+    assert not refusals
+
+
+def test_a_handshake_that_takes_too_long_is_ended_and_told(authority, told):
+    with (
+        serving(
+            authority,
+            limits=Limits(handshake_s=0.5),
+            on_handshake_refused=lambda *what: told.append(what),
+        ) as served,
+        socket.create_connection((served.host, served.port)) as raw,
+    ):
+        assert closes(raw)
+        until(lambda: told)
+    assert told == [("handshake took too long", 1, "127.0.0.1")]
+
+
+def test_connections_are_bounded_in_total_and_give_their_places_back(authority, told):
+    with serving(
+        authority,
+        limits=Limits(max_connections=3),
+        on_handshake_refused=lambda *what: told.append(what),
+    ) as served:
+        held = [connected(served) for _ in range(3)]
+        with pytest.raises(OSError):
+            connected(served)
+        held.pop().close()
+        until(lambda: len(served.server._house.wires) == 2)
+        connected(served).close()
+        until(lambda: ("too many connections", 1, "127.0.0.1") in told)
+        for one in held:
+            one.close()
+
+
+def test_a_dropped_root_ends_idle_connections_within_seconds(authority):
+    newer = ThrowAwayAuthority(authority.trust_domain)
+    both = Identity(
+        authority.issue(SERVER),
+        {authority.trust_domain: (*authority.bundle, *newer.bundle)},
+    )
+    source = MovingSource(both)
+    with serving(authority, source=source) as served:
+        old = connected(served)
+        new = connected(served, newer.issue(CLI))
+        source.move(
+            Identity(newer.issue(SERVER), {authority.trust_domain: newer.bundle})
+        )
+        assert closes(old)
+        assert not closes(new, 0.5)
+        old.close()
+        new.close()
+
+
+def test_an_svid_that_expires_ends_its_idle_connection(authority):
+    with serving(authority) as served:
+        one = connected(served, authority.issue(CLI, ttl_s=2))
+        assert closes(one, 6)
+        one.close()
+
+
+def test_a_connection_that_is_old_is_drained_and_its_calls_end_well(authority):
+    with (
+        serving(authority, limits=Limits(max_connection_age_s=1.0)) as served,
+        served.channel() as channel,
+    ):
+        held = channel.unary_unary(INFER).future(message(t="wait"), timeout=20)
+        assert served.service.running.acquire(timeout=5)
+        time.sleep(3.5)
+        assert channel.unary_unary(INFER)(message(), timeout=5)  # on another one
+        served.service.go.set()
+        assert held.result(timeout=5)
+
+
+def test_a_caller_that_takes_nothing_of_a_stream_holds_little(authority):
+    with serving(authority, support.Echo(pieces=100_000)) as served:
+        one = connected(served)
+        one.sendall(
+            frames.PREFACE
+            + frames.settings({frames.INITIAL_WINDOW_SIZE: 0})
+            + _call(STREAM)
+        )
+        until(lambda: served.server.in_flight == 1)
+        time.sleep(0.5)
+        (wire,) = served.server._house.wires
+        (call,) = wire._calls.values()
+        assert call._posted + wire._http2.unsent(1) < 1 << 20
+        one.close()
+        until(lambda: served.server.in_flight == 0)
+
+
+def _call(path):
+    from ztserve.transport.http2 import encode
+
+    block = encode(
+        (
+            (b":method", b"POST"),
+            (b":scheme", b"https"),
+            (b":path", path.encode()),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+    body = message()
+    raw = b"\0" + len(body).to_bytes(4, "big") + body
+    return frames.frame(frames.HEADERS, 4, 1, block) + frames.frame(
+        frames.DATA, 1, 1, raw
+    )
+
+
+def test_calls_of_one_turn_are_answered_each_to_its_own_caller(authority):
+    with serving(authority) as served:
+        seen = []
+
+        def ask(number):
+            svid = authority.issue(CLI if number % 2 else GATEWAY)
+            with served.channel(svid) as channel:
+                for _ in range(20):
+                    seen.append(len(channel.unary_unary(INFER)(message(), timeout=10)))
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert len(seen) == 160
+        peers = [call.peer.id for call in served.service.calls]
+        assert peers.count(CLI) == peers.count(GATEWAY) == 80
+
+
+@pytest.mark.parametrize(
+    ("block", "status"),
+    [
+        ({b":method": b"GET"}, b"415"),
+        ({b"content-type": b"text/plain"}, b"415"),
+    ],
+)
+def test_what_is_no_call_of_grpc_is_told_so(authority, block, status):
+    from hpack import Decoder
+
+    from ztserve.transport.http2 import encode
+
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"https",
+        b":path": INFER.encode(),
+        b"content-type": b"application/grpc",
+    } | block
+    with serving(authority) as served, connected(served) as one:
+        one.sendall(
+            frames.PREFACE
+            + frames.settings({})
+            + frames.frame(frames.HEADERS, 5, 1, encode(fields.items()))
+        )
+        data = b""
+        while (at := data.find(b"\x01\x05\0\0\0\x01")) < 0:
+            data += one.recv(65536)
+        length = int.from_bytes(data[at - 3 : at], "big")
+        head = dict(Decoder().decode(data[at + 6 : at + 6 + length], raw=True))
+        assert head[b":status"] == status
