@@ -17,7 +17,8 @@ Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 """Names in lower case; the values of names in ``-bin`` are bytes."""
 
 PREFIX_BYTES = 5
-ENCODINGS = b"identity,gzip"
+ENCODINGS = "identity,gzip"
+"""What we read (grpc-accept-encoding)."""
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _CONTENT_TYPE = re.compile(rb"application/grpc(?:[+;].*)?")

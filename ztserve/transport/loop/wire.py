@@ -277,7 +277,9 @@ class Wire(asyncio.Protocol):
             most = self._house.limits.max_message_bytes
             call = Exchange(self, stream_id, head, most)
         except messages.Unreadable as error:
-            block = messages.trailers_only(error.code, error.reason, {})
+            block = messages.trailers_only(
+                error.code, error.reason, {"grpc-accept-encoding": messages.ENCODINGS}
+            )
             http2.headers(stream_id, block, end=True)
             return
         self._calls[stream_id] = call
