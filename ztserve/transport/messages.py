@@ -26,6 +26,7 @@ _ASCII_VALUE = re.compile(rb"[\x20-\x7e]*")
 _RESERVED = frozenset(
     (b"te", b"content-type", b"user-agent", b"host", b"content-length")
 )
+_SPACE = 0x20
 _PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
 
 
@@ -193,10 +194,17 @@ def fields_of(given: Iterable[tuple[str, str | bytes]]) -> Fields:
 
 
 def percent_encoded(text: str) -> bytes:
-    """Return a status message as grpc-message bears it (Percent-Encoded)."""
+    """Return a status message as grpc-message bears it (Percent-Encoded).
+
+    A space at either end too, which no field value may have (RFC 9110, 5.5).
+    """
+    raw = text.encode(errors="replace")
+    last = len(raw) - 1
     return b"".join(
-        bytes((one,)) if one in _PLAIN else b"%%%02X" % one
-        for one in text.encode(errors="replace")
+        bytes((one,))
+        if one in _PLAIN and (one != _SPACE or 0 < at < last)
+        else b"%%%02X" % one
+        for at, one in enumerate(raw)
     )
 
 

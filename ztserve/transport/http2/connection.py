@@ -52,15 +52,18 @@ class Connection:
         self._out = Outbox(bounds.max_frame_bytes)
         self.outgoing = self._out.take
         self._events: list[Event] = []
-        self._streams = Streams(self._out, bounds.stream_window, client=client)
-        self._final_id: int | None = None
-        """The last stream that we take, once we go away for good."""
+        self._streams = Streams(self._out, bounds, client=client)
+        self.consumed = self._streams.consumed
+        self._final = False
+        """Whether we take no more streams, as we go away for good."""
+        self._named_id = frames.MOST_STREAM_ID
+        """The last stream that a GOAWAY of ours may name: none names a higher one."""
         self._peer_final_id = frames.MOST_STREAM_ID
+        self.peer_leaves = False
+        """Whether the peer said that it goes away: begin new streams elsewhere."""
         self._peer_max_streams = frames.MOST_STREAM_ID
         self.over = False
         """Whether the connection ended, by an error or by `end`."""
-        self._window = bounds.connection_window
-        self._owed = 0
         self._handlers = (
             self._on_data,
             self._on_headers,
@@ -104,14 +107,10 @@ class Connection:
         """Whether a client may begin a stream now."""
         return (
             not self.over
-            and self._streams.next_id <= self._peer_final_id
+            and not self.peer_leaves
+            and self._streams.next_id <= frames.MOST_STREAM_ID
             and len(self._streams) < self._peer_max_streams
         )
-
-    @property
-    def peer_leaves(self) -> bool:
-        """Whether the peer said that it goes away: begin new streams elsewhere."""
-        return self._peer_final_id < frames.MOST_STREAM_ID
 
     def unsent(self, stream_id: int) -> int:
         """Return how many bytes of a stream wait for room in a window."""
@@ -176,24 +175,10 @@ class Connection:
         """End a stream at once, in both directions."""
         self._streams.reset(stream_id, code)
 
-    def consumed(self, stream_id: int, count: int) -> None:
-        """Let the peer send `count` bytes more: that many were dealt with."""
-        # Told in steps: each costs a frame, and the peer has the rest of its window.
-        self._owed += count
-        if self._owed >= self._bounds.connection_window // 4:
-            self._window += self._owed
-            self._out.add(frames.window_update(0, self._owed))
-            self._owed = 0
-        stream = self._streams.get(stream_id)
-        if stream is not None and not stream.ended:
-            stream.owed += count
-            if stream.owed >= self._bounds.stream_window // 4:
-                stream.window += stream.owed
-                self._out.add(frames.window_update(stream_id, stream.owed))
-                stream.owed = 0
-
     def ping(self, opaque: bytes) -> None:
-        """Ask for a sign of life; `opaque` has 8 bytes."""
+        """Ask for a sign of life; ValueError unless `opaque` has 8 bytes."""
+        if len(opaque) != 8:
+            raise ValueError(f"opaque: expected 8 bytes, got {len(opaque)}")
         self._out.add(frames.frame(frames.PING, 0, 0, opaque))
 
     def drain(self, *, final: bool) -> None:
@@ -203,29 +188,34 @@ class Connection:
         taken. Then `final`: what begins now is not.
         """
         if not self.over:
-            last = self._streams.last_id if final else frames.MOST_STREAM_ID
-            self._final_id = last if final else self._final_id
-            self._out.add(frames.goaway(last, Code.NO_ERROR))
+            self._go_away(self._streams.last_id if final else frames.MOST_STREAM_ID)
+            self._final = self._final or final
 
     def end(self, code: Code = Code.NO_ERROR, reason: str = "") -> None:
         """End the connection: nothing is read any more."""
         if not self.over:
             self.over = True
             debug = reason.encode(errors="replace")[:128]
-            self._out.add(frames.goaway(self._streams.last_id, code, debug))
+            self._go_away(self._streams.last_id, code, debug)
             for stream in self._streams:
                 self._streams.remove(stream.id)
+
+    def _go_away(
+        self, last: int, code: Code = Code.NO_ERROR, debug: bytes = b""
+    ) -> None:
+        self._named_id = min(self._named_id, last)
+        self._out.add(frames.goaway(self._named_id, code, debug))
 
     # --- DATA and HEADERS -------------------------------------------------------
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
-        self._window -= size
-        if self._window < 0:
-            raise FatalError(Code.FLOW_CONTROL_ERROR, "DATA beyond the window")
+        self._streams.arrived(size)
         stream = self._streams.get(stream_id)
         if stream is None:
-            self._late("DATA", stream_id)
+            self._streams.check_late("DATA", stream_id)
+            if not payload:
+                self._allowance.idle()
             self.consumed(0, size)
             return
         if flags & frames.PADDED:
@@ -279,10 +269,11 @@ class Connection:
     def _on_new(self, stream_id: int, block: bytes, *, ended: bool) -> None:
         if stream_id % 2 == 0:
             raise offence("a client's stream has an odd number")
-        self._streams.last_id = stream_id
-        if self._final_id is not None:
+        self._streams.begun(stream_id)
+        if self._final:
             self._reader.skip(block)  # it was told that we take no more (6.8)
             self._streams.drop(stream_id)
+            self._allowance.idle()
             return
         if len(self._streams) >= self._bounds.max_streams:
             self._reader.skip(block)
@@ -300,13 +291,15 @@ class Connection:
     def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
         self._allowance.idle()
         if len(payload) != 5:
+            self._streams.check_begun("PRIORITY of the wrong size", stream_id)
             raise StreamError(Code.FRAME_SIZE_ERROR, "PRIORITY has 5 bytes")
 
     def _on_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
         self._streams.check_begun("RST_STREAM", stream_id)
-        self._allowance.reset()
+        code = int.from_bytes(payload, "big")
+        if not self._client or code != Code.NO_ERROR:
+            self._allowance.reset()  # a server ends so what it answered early (8.1)
         if self._streams.remove(stream_id):
-            code = int.from_bytes(payload, "big")
             self._events.append(StreamReset(stream_id, code, ""))
 
     def _on_settings(self, flags: int, _stream_id: int, payload: bytes) -> None:
@@ -353,7 +346,7 @@ class Connection:
         if last > self._peer_final_id:
             raise offence("GOAWAY with a higher stream than before")
         self._allowance.idle()
-        self._peer_final_id = last
+        self._peer_final_id, self.peer_leaves = last, True
         code = int.from_bytes(payload[4:8], "big")
         self._events.append(GoingAway(last, code, payload[8:136]))
         if self._client:

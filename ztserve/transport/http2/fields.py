@@ -156,10 +156,14 @@ def _request(listed: list[tuple[bytes, bytes]]) -> Request:
     except KeyError as error:
         raise _malformed(f"no {error.args[0]!r}") from error
     authority = pseudo.get(b":authority", b"")
-    if not _NAME.fullmatch(method.lower()):
+    if not _NAME.fullmatch(method.lower()) or method == b"CONNECT":
         raise _malformed(f":method {method[:80]!r}")
     if scheme not in (b"https", b"http") or not _PATH.fullmatch(path):
         raise _malformed(f":scheme {scheme[:80]!r}, :path {path[:80]!r}")
+    if path == b"*" and method != b"OPTIONS":
+        raise _malformed(":path * of a method other than OPTIONS")
+    if b"@" in authority:
+        raise _malformed(f":authority {authority[:80]!r}")
     hosts = {value for name, value in fields if name == b"host"}
     if hosts and hosts != {authority or next(iter(hosts))}:
         raise _malformed("host differs from :authority")
@@ -168,6 +172,8 @@ def _request(listed: list[tuple[bytes, bytes]]) -> Request:
 
 def _response(listed: list[tuple[bytes, bytes]]) -> Response:
     pseudo, fields, length = _sorted(listed, _RESPONSE)
+    if any(name == b"te" for name, _ in fields):
+        raise _malformed("te in a response")
     status = pseudo.get(b":status", b"")
     if len(status) != 3 or not status.isdigit() or not b"100" <= status < b"600":
         raise _malformed(f":status {status[:80]!r}")
@@ -216,6 +222,16 @@ def _check(name: bytes, value: bytes) -> None:
         raise _malformed(f"field {name[:80]!r}: {value[:80]!r}")
 
 
+def _check_own(name: bytes, value: bytes) -> None:
+    """Refuse to write what we would not read. Raises ValueError."""
+    try:
+        if name in _REQUEST or name in _RESPONSE:
+            name = b"x"  # its value is judged as any other
+        _check(name, value)
+    except StreamError as error:
+        raise ValueError(error.reason) from error
+
+
 def _malformed(reason: str) -> StreamError:
     return StreamError(Code.PROTOCOL_ERROR, reason)
 
@@ -239,6 +255,7 @@ def encode(fields: Iterable[tuple[bytes, bytes]]) -> Block:
     """
     out = bytearray()
     for name, value in fields:
+        _check_own(name, value)
         index = _INDEX.get((name, value))
         if index is not None:
             out += _integer(index, 7, 0x80)

@@ -63,14 +63,14 @@ class Intake:
 
     def _length(self, buffer: bytes | bytearray, at: int, kind: int, flags: int) -> int:
         length = buffer[at] << 16 | buffer[at + 1] << 8 | buffer[at + 2]
-        if length > self._bounds.max_frame_bytes:
-            raise missized(
-                f"a frame of {length} bytes, at most {self._bounds.max_frame_bytes}"
-            )
         if self._settings:
             if kind != frames.SETTINGS or flags & frames.ACK:
                 raise offence("the first frame is not SETTINGS")
             self._settings = False
+        if length > self._bounds.max_frame_bytes:
+            raise missized(
+                f"a frame of {length} bytes, at most {self._bounds.max_frame_bytes}"
+            )
         return length
 
     def _take_preface(self) -> None:

@@ -1,14 +1,18 @@
 """The streams of a connection: those that are open, and what is known of the others."""
 
+from collections import deque
 from collections.abc import Iterator
 
 from ztserve.transport.http2 import frames
+from ztserve.transport.http2.bounds import Bounds
 from ztserve.transport.http2.errors import FatalError, StreamError, offence
 from ztserve.transport.http2.frames import Code
 from ztserve.transport.http2.outbox import Outbox, Outgoing
 
 MAX_DROPPED = 1024
 """Streams that we reset, whose late frames are still known to be such."""
+MAX_SKIPPED = 64
+"""Ranges of numbers that the peer passed over, and that are still known to be such."""
 
 
 class Stream:
@@ -58,10 +62,16 @@ class Stream:
 class Streams:
     """Streams by their number, begun by either end."""
 
-    def __init__(self, out: Outbox, window: int, *, client: bool) -> None:
-        self._out, self._window, self._client = out, window, client
+    def __init__(self, out: Outbox, bounds: Bounds, *, client: bool) -> None:
+        self._out, self._bounds, self._client = out, bounds, client
+        self._window = bounds.connection_window
+        """Bytes that we take, of all streams together."""
+        self._owed = 0
         self._open: dict[int, Stream] = {}
         self._dropped: dict[int, None] = {}
+        self._forgotten = 0
+        """The highest of those that are not in `_dropped` any more."""
+        self._skipped: deque[range] = deque(maxlen=MAX_SKIPPED)
         self.get = self._open.get
         self.last_id = 0
         """The highest that the peer began."""
@@ -76,9 +86,39 @@ class Streams:
 
     def add(self, stream_id: int) -> Stream:
         """Return a new stream."""
-        stream = Stream(stream_id, self._window, self._out.stream(stream_id))
+        window = self._bounds.stream_window
+        stream = Stream(stream_id, window, self._out.stream(stream_id))
         self._open[stream_id] = stream
         return stream
+
+    def arrived(self, size: int) -> None:
+        """Count a frame of DATA in, of whatever stream. Raises FatalError."""
+        self._window -= size
+        if self._window < 0:
+            raise FatalError(Code.FLOW_CONTROL_ERROR, "DATA beyond the window")
+
+    def consumed(self, stream_id: int, count: int) -> None:
+        """Let the peer send `count` bytes more: that many were dealt with."""
+        # Told in steps: each costs a frame, and the peer has the rest of its window.
+        self._owed += count
+        if self._owed >= self._bounds.connection_window // 4:
+            self._window += self._owed
+            self._out.add(frames.window_update(0, self._owed))
+            self._owed = 0
+        stream = self._open.get(stream_id)
+        if stream is not None and not stream.ended:
+            stream.owed += count
+            if stream.owed >= self._bounds.stream_window // 4:
+                stream.window += stream.owed
+                self._out.add(frames.window_update(stream_id, stream.owed))
+                stream.owed = 0
+
+    def begun(self, stream_id: int) -> None:
+        """Note that the peer began a stream, and none of those before it any more."""
+        first = self.last_id + 2 if self.last_id else 1
+        if first < stream_id:
+            self._skipped.append(range(first, stream_id, 2))
+        self.last_id = stream_id
 
     def remove(self, stream_id: int) -> bool:
         """Forget a stream, and what waits to be sent on it; return whether it was."""
@@ -88,7 +128,9 @@ class Streams:
     def drop(self, stream_id: int) -> bool:
         """Forget a stream as `remove` does, so that its late frames are no offence."""
         if len(self._dropped) >= MAX_DROPPED:
-            del self._dropped[next(iter(self._dropped))]
+            oldest = next(iter(self._dropped))
+            del self._dropped[oldest]
+            self._forgotten = max(self._forgotten, oldest)
         self._dropped[stream_id] = None
         return self.remove(stream_id)
 
@@ -125,7 +167,9 @@ class Streams:
     def check_late(self, what: str, stream_id: int) -> None:
         """Refuse a frame on a closed stream, unless we closed it a moment ago."""
         self.check_begun(what, stream_id)
-        if stream_id not in self._dropped:
+        if any(stream_id in each for each in self._skipped):
+            raise offence(f"{what} on stream {stream_id}, which was passed over")
+        if stream_id > self._forgotten and stream_id not in self._dropped:
             raise FatalError(
                 Code.STREAM_CLOSED, f"{what} on stream {stream_id}, which is closed"
             )

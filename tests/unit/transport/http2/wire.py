@@ -2,7 +2,14 @@
 
 from hpack import Encoder
 
-from ztserve.transport.http2 import Bounds, Connection, encode, frames
+from ztserve.transport.http2 import (
+    Bounds,
+    Connection,
+    Ended,
+    StreamReset,
+    encode,
+    frames,
+)
 
 REQUEST = (
     (b":method", b"POST"),
@@ -77,3 +84,38 @@ def sent(connection):
         found.append((raw[3], raw[4], int.from_bytes(raw[5:9], "big"), raw[9:end]))
         raw = raw[end:]
     return found
+
+
+def ends(connection, raw, code, words=""):
+    """Whether the bytes end the connection by this code, and say so to the peer."""
+    (event,) = [e for e in connection.receive(raw) if isinstance(e, Ended)]
+    assert event.code is code
+    assert words in event.reason
+    assert connection.over
+    kind, _, _, payload = sent(connection)[-1]
+    assert kind == frames.GOAWAY
+    assert int.from_bytes(payload[4:8], "big") == code
+    assert connection.receive(frames.settings({})) == []
+    return True
+
+
+def resets(connection, raw, stream_id, code, words=""):
+    """Whether the bytes end one stream by this code, and not the connection."""
+    events = connection.receive(raw)
+    found = [e for e in events if isinstance(e, StreamReset)]
+    assert [(e.stream_id, e.code) for e in found] == [(stream_id, code)]
+    assert words in found[0].reason
+    assert not connection.over
+    expected = frames.rst_stream(stream_id, code)
+    assert expected in connection.outgoing()
+    return True
+
+
+def changed(*more, without=(), **replaced):
+    """The fields of a request, some without or with another value, and more."""
+    fields = [
+        (name, replaced.get(name[1:].decode(), value))
+        for name, value in REQUEST
+        if name not in without
+    ]
+    return (*fields, *more)
