@@ -24,7 +24,7 @@ from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Limits
 from ztserve.transport.http2 import frames
-from ztserve.transport.loop import LoopServer
+from ztserve.transport.loop import LoopServer, wire
 from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
 
 Code = grpc.StatusCode
@@ -261,3 +261,54 @@ def test_what_is_no_call_of_grpc_is_told_so(authority, block, status):
         length = int.from_bytes(data[at - 3 : at], "big")
         head = dict(Decoder().decode(data[at + 6 : at + 6 + length], raw=True))
         assert head[b":status"] == status
+
+
+def test_a_peer_that_is_gone_without_a_word_is_asked_and_let_go(authority, monkeypatch):
+    monkeypatch.setattr(wire, "QUIET_S", 0.5)
+    monkeypatch.setattr(wire, "ANSWER_S", 1.0)
+    with serving(authority) as served, served.channel() as channel:
+        channel.unary_unary(INFER)(message(), timeout=5)
+        silent = connected(served)  # which answers no ping
+        silent.sendall(frames.PREFACE + frames.settings({}))
+        until(lambda: len(served.server._house.wires) == 2)
+        assert closes(silent, 6)
+        silent.close()
+        time.sleep(2)  # the stock client answers, and stays
+        (left,) = served.server._house.wires
+        channel.unary_unary(INFER)(message(), timeout=5)
+        assert served.server._house.wires == {left}
+
+
+def test_a_peer_that_takes_nothing_is_let_go(authority):
+    with serving(
+        authority, support.Echo(pieces=1), limits=Limits(stream_idle_s=1.0)
+    ) as served:
+        one = connected(served)
+        wide = frames.settings({frames.INITIAL_WINDOW_SIZE: (1 << 31) - 1})
+        one.sendall(frames.PREFACE + wide + frames.window_update(0, 1 << 30))
+        body = message(t="x" * (4 << 20))
+        raw = b"\0" + len(body).to_bytes(4, "big") + body
+        threading.Thread(target=_flood, args=(one, raw), daemon=True).start()
+        until(lambda: served.service.outcomes, 10)
+        until(lambda: not served.server._house.wires, 10)
+        one.close()
+
+
+def _flood(connection, raw):
+    """Ask for much, and read nothing of it."""
+    try:
+        for stream in range(1, 41, 2):
+            connection.sendall(_call(INFER)[: -len(_call_data())])
+            for at in range(0, len(raw), 16_000):
+                end = at + 16_000 >= len(raw)
+                connection.sendall(
+                    frames.frame(frames.DATA, int(end), stream, raw[at : at + 16_000])
+                )
+    except OSError:
+        pass
+
+
+def _call_data():
+    body = message()
+    raw = b"\0" + len(body).to_bytes(4, "big") + body
+    return frames.frame(frames.DATA, 1, 1, raw)

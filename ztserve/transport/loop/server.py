@@ -120,7 +120,8 @@ class LoopServer:
         )
         self._reaper.start()
         self._thread.start()
-        started.wait(START_S)
+        if not started.wait(START_S):
+            raise ConfigError(f"the server's loop did not start within {START_S:g} s")
         return host, port
 
     def stop(self, grace_s: float) -> None:

@@ -30,6 +30,10 @@ _NEVER = float("inf")
 MAX_WAITING_BYTES = 1 << 20
 """Sent, and not taken by the peer: then nothing more of it is read."""
 CLOSE_S = 1.0
+QUIET_S, ANSWER_S = 60.0, 20.0
+"""A connection that says nothing for so long is asked for a sign of life; and how long
+that may take."""
+_ASKED = b"ztserve?"
 
 
 class Wire(asyncio.Protocol):
@@ -43,7 +47,8 @@ class Wire(asyncio.Protocol):
         self._calls: dict[int, Exchange] = {}
         self._flushing = False
         self._closing = False
-        self._lost = False
+        self._lost = self._asked = False
+        self._heard, self._stuck = time.monotonic(), _NEVER
         self._expires = _NEVER
         self._retires = time.monotonic() + house.limits.max_connection_age_s
         self._warned = self._leaving = False
@@ -84,6 +89,7 @@ class Wire(asyncio.Protocol):
         """Take bytes from the wire."""
         if self._closing:
             return
+        self._heard, self._asked = time.monotonic(), False
         try:
             self._session.receive(data)
             if not self._session.established:
@@ -120,10 +126,12 @@ class Wire(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Read no more of a peer that does not take what it asked for."""
+        self._stuck = time.monotonic()
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Read again."""
+        self._stuck = _NEVER
         self._transport.resume_reading()
 
     # --- what the house tells ---------------------------------------------------
@@ -137,12 +145,25 @@ class Wire(asyncio.Protocol):
                 self._house.refused("handshake took too long", self._address)
             self._transport.abort()
             return
+        if now - self._stuck > self._house.limits.stream_idle_s:
+            self._transport.abort()
+            return
         if http2 is not None:
             http2.refresh()
+            self._ask(http2, now - self._heard)
             self.judge()
             if now > self._retires and not self._leaving:
                 self.drain(final=self._warned)
                 self._warned = True
+
+    def _ask(self, http2: Connection, quiet_s: float) -> None:
+        """See whether a peer that says nothing is still there."""
+        if quiet_s > QUIET_S + ANSWER_S:
+            self._transport.abort()
+        elif quiet_s > QUIET_S and not self._asked:
+            self._asked = True
+            http2.ping(_ASKED)
+            self.flush()
 
     def judge(self) -> None:
         """Close soon where the peer's identity does not hold any more.
