@@ -254,15 +254,31 @@ class Session:
         except SSL.Error as error:
             raise HandshakeRefused(_cause(error)) from None
         except CallError as error:
-            raise HandshakeRefused(f"peer refused: {error.reason}"[:300]) from error
+            reason = f"certificate not trusted: {error.reason}"
+            raise HandshakeRefused(reason[:300]) from error
         if self.peer is None or self._tls.get_alpn_proto_negotiated() != ALPN:
-            raise HandshakeRefused("no application protocol, or no certificate")
+            raise HandshakeRefused("not HTTP/2")
         self._seen.clear()
         self.established = True
+
+
+_CAUSES = {
+    "http request": "not TLS",
+    "wrong version number": "not TLS",
+    "bad record type": "not TLS",
+    "packet length too long": "not TLS",
+    "unsupported protocol": "TLS older than 1.3",
+    "peer did not return a certificate": "no client certificate",
+    "no application protocol": "not HTTP/2",
+    "no shared cipher": "no common cipher",
+    "no suitable key share": "no common group",
+}
+"""What OpenSSL's words mean; all others stand as they are: they are its own."""
 
 
 def _cause(error: SSL.Error) -> str:
     reasons = error.args[0] if error.args else ()
     for reason in reasons if isinstance(reasons, list) else ():
-        return str(reason[2])[:64]
+        words = str(reason[2])[:64]
+        return _CAUSES.get(words, words)
     return "connection closed"

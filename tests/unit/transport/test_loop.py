@@ -90,9 +90,9 @@ def test_each_refused_handshake_is_told_with_cause_and_address(authority, told):
         until(lambda: sum(count for _, count, _ in told) == 5)
     causes = {cause: count for cause, count, address in told}
     assert {address for *_, address in told} == {"127.0.0.1"}
-    assert causes["http request"] == 3
+    assert causes["not TLS"] == 3
     assert causes["connection closed in the handshake"] == 1
-    assert any("trust" in c or "authority" in c for c in causes if "peer refused" in c)
+    assert any("trust" in c or "authority" in c for c in causes if "not trusted" in c)
 
 
 def test_what_strangers_can_vary_is_counted_within_bounds(told):

@@ -175,7 +175,9 @@ class Wire(asyncio.Protocol):
         try:
             self._house.credentials.peer(self.visitor)
         except Unauthenticated as error:
-            self._house.refused(f"peer refused: {error.reason}", self._address)
+            self._house.refused(
+                f"certificate not trusted: {error.reason}", self._address
+            )
             self._expires = time.monotonic() + CLOSE_S
         except Unavailable:
             return  # it is we who have no identity; each call is told so
