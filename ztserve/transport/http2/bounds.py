@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from ztserve.transport.http2 import frames
 from ztserve.transport.http2.errors import calm
 
-HARD = 4
+HARD = 2
+MAX_SETTINGS = 32
+"""In one frame; RFC 9113 knows six."""
 OF_STREAM, OF_DATA = 8, 2
 """Frames that carry nothing, for a stream and for a frame of data: stock clients send
 so many, to widen windows by as little as they have read."""
@@ -63,8 +65,10 @@ class Allowance:
         self._settings, self._pings = bounds.settings, bounds.pings
         self._resets, self._idle = bounds.resets, bounds.idle_frames
 
-    def settings(self) -> None:
+    def settings(self, values: int) -> None:
         """Count a SETTINGS frame. Raises FatalError, as all of these."""
+        if values > MAX_SETTINGS:  # each may touch every stream (CVE-2020-11080)
+            raise calm("too many settings in one frame")
         self._settings -= 1
         if self._settings < 0:
             raise calm("too many SETTINGS frames")

@@ -291,7 +291,8 @@ class Connection:
     def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
         self._allowance.idle()
         if len(payload) != 5:
-            self._streams.check_begun("PRIORITY of the wrong size", stream_id)
+            if not self._streams.is_begun(stream_id):  # and cannot be reset (6.4)
+                raise missized("PRIORITY has 5 bytes")
             raise StreamError(Code.FRAME_SIZE_ERROR, "PRIORITY has 5 bytes")
 
     def _on_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
@@ -303,7 +304,7 @@ class Connection:
             self._events.append(StreamReset(stream_id, code, ""))
 
     def _on_settings(self, flags: int, _stream_id: int, payload: bytes) -> None:
-        self._allowance.settings()
+        self._allowance.settings(len(payload) // 6)
         if flags & frames.ACK:
             if payload:
                 raise missized("the acknowledgement of SETTINGS is empty")

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from hpack import Decoder
-from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hpack.exceptions import (
+    HPACKError,
+    InvalidTableSizeError,
+    OversizedHeaderListError,
+)
 from hpack.table import HeaderTable
 
 from ztserve.transport.http2.bounds import HARD
@@ -25,6 +29,8 @@ Block: TypeAlias = bytes
 """Fields as they are sent."""
 _Head = TypeVar("_Head", bound="Request | Response")
 
+MAX_UPDATES = 2
+"""Updates of the table's size in one block (RFC 7541, section 4.2)."""
 MAX_REMEMBERED = 64
 """Blocks whose meaning is kept, on one connection."""
 
@@ -35,6 +41,8 @@ _VALUE = re.compile(
 )
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _PATH = re.compile(rb"/[\x21-\x7e]*|\*")
+_AUTHORITY = re.compile(rb"[\x21-\x3f\x41-\x7e]*")
+"""A host and a port: without userinfo (section 8.3.1)."""
 _CONNECTION = frozenset(
     (
         b"connection",
@@ -113,7 +121,7 @@ class FieldReader(Generic[_Head]):
         self._listed(block)
 
     def _listed(self, block: bytes) -> list[tuple[bytes, bytes]]:
-        self._table.changed = False
+        self._table.changed, self._table.updates = False, 0
         try:
             listed = self._decoder.decode(block, raw=True)
         except OversizedHeaderListError as error:
@@ -121,7 +129,9 @@ class FieldReader(Generic[_Head]):
             most = self._decoder.max_header_list_size
             raise calm(f"a header list over {most} bytes") from error
         except (HPACKError, IndexError, ValueError) as error:
-            raise FatalError(Code.COMPRESSION_ERROR, f"{error}"[:200]) from error
+            # Its words would be sent, and may have an address of our memory in them.
+            reason = "a header block that cannot be read"
+            raise FatalError(Code.COMPRESSION_ERROR, reason) from error
         if self._table.changed:
             self._known.clear()
         return [(bytes(name), bytes(value)) for name, value in listed]
@@ -133,6 +143,8 @@ class _Table(HeaderTable):
     def __init__(self) -> None:
         super().__init__()
         self.changed = False
+        self.updates = 0
+        """Changes of the size in one block."""
 
     def add(self, name: bytes, value: bytes) -> None:
         self.changed = True
@@ -145,6 +157,9 @@ class _Table(HeaderTable):
     @maxsize.setter
     def maxsize(self, size: int) -> None:
         self.changed = True
+        self.updates += 1
+        if self.updates > MAX_UPDATES:
+            raise InvalidTableSizeError("more updates of the size than there can be")
         HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]
 
 
@@ -162,11 +177,11 @@ def _request(listed: list[tuple[bytes, bytes]]) -> Request:
         raise _malformed(f":scheme {scheme[:80]!r}, :path {path[:80]!r}")
     if path == b"*" and method != b"OPTIONS":
         raise _malformed(":path * of a method other than OPTIONS")
-    if b"@" in authority:
+    if not _AUTHORITY.fullmatch(authority):
         raise _malformed(f":authority {authority[:80]!r}")
-    hosts = {value for name, value in fields if name == b"host"}
-    if hosts and hosts != {authority or next(iter(hosts))}:
-        raise _malformed("host differs from :authority")
+    hosts = [value for name, value in fields if name == b"host"]
+    if hosts and (len(hosts) > 1 or hosts[0] != (authority or hosts[0])):
+        raise _malformed("host differs from :authority, or comes twice")
     return Request(method, scheme, authority, path, fields, length)
 
 
@@ -179,6 +194,8 @@ def _response(listed: list[tuple[bytes, bytes]]) -> Response:
         raise _malformed(f":status {status[:80]!r}")
     if status == b"101":  # which HTTP/2 does not have (section 8.6)
         raise _malformed(":status 101")
+    if length is not None and status in (b"204", b"304"):
+        length = 0  # it may be declared, but there is none (section 8.1.1)
     return Response(int(status), fields, length)
 
 
@@ -250,12 +267,23 @@ _SECRET = frozenset(
 def encode(fields: Iterable[tuple[bytes, bytes]]) -> Block:
     """Return `fields` as a block that means the same on every connection.
 
+    Raises ValueError for a field that we would not read either: what comes from a call
+    can add none.
+    """
+    given = tuple(fields)
+    for name, value in given:
+        _check_own(name, value)
+    return written(given)
+
+
+def written(fields: Iterable[tuple[bytes, bytes]]) -> Block:
+    """Return `fields`, whatever they are, as a block.
+
     By the static table where it has them, and literal, not indexed, where not; what
     no intermediary may index either says so (RFC 7541, sections 6.1, 6.2.2, 6.2.3).
     """
     out = bytearray()
     for name, value in fields:
-        _check_own(name, value)
         index = _INDEX.get((name, value))
         if index is not None:
             out += _integer(index, 7, 0x80)

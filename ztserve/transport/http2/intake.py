@@ -140,13 +140,15 @@ def _check(kind: int, stream_id: int, size: int) -> None:
 
 def _stripped(flags: int, payload: bytes) -> bytes:
     """Return a HEADERS payload without padding and priority (section 6.2)."""
-    if flags & frames.PADDED:
-        payload = unpadded(payload)
-    if flags & frames.PRIORITIZED:
-        if len(payload) < 5:
-            raise missized("HEADERS is cut short")
-        payload = payload[5:]
-    return payload
+    least = (1 if flags & frames.PADDED else 0) + (
+        5 if flags & frames.PRIORITIZED else 0
+    )
+    if len(payload) < least:
+        raise missized("HEADERS is cut short")
+    padding = payload[0] if flags & frames.PADDED else 0
+    if padding > len(payload) - least:
+        raise offence("padding that is longer than its frame")
+    return payload[least : len(payload) - padding]
 
 
 def unpadded(payload: bytes) -> bytes:

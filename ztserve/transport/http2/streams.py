@@ -157,11 +157,15 @@ class Streams:
             # (section 8.1).
             self.reset(stream.id, Code.NO_ERROR)
 
+    def is_begun(self, stream_id: int) -> bool:
+        """Return whether a stream was begun, by whom its number says it is."""
+        if stream_id % 2 == (1 if self._client else 0):
+            return stream_id < self.next_id
+        return 0 < stream_id <= self.last_id
+
     def check_begun(self, what: str, stream_id: int) -> None:
         """Refuse a frame on a stream that nobody has begun (section 5.1, idle)."""
-        ours = stream_id % 2 == (1 if self._client else 0)
-        begun = stream_id < self.next_id if ours else stream_id <= self.last_id
-        if stream_id == 0 or not begun:
+        if not self.is_begun(stream_id):
             raise offence(f"{what} on stream {stream_id}, which nobody began")
 
     def check_late(self, what: str, stream_id: int) -> None:

@@ -706,9 +706,9 @@ def test_s10_5a_a_block_in_too_many_pieces_or_too_large_ends_the_connection():
     server.receive(headers(1, done=False) + 3 * piece)
     assert ends(server, piece, Code.ENHANCE_YOUR_CALM, "CONTINUATION")
     server = opened(max_header_bytes=1000)
-    server.receive(headers(1, done=False, block=bytes(3600)))
+    server.receive(headers(1, done=False, block=bytes(1600)))
     raw = frames.frame(frames.CONTINUATION, 0, 1, bytes(401))
-    assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "over 4000 bytes")
+    assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "over 2000 bytes")
 
 
 def test_a_head_that_is_too_large_ends_its_stream_alone():
@@ -831,3 +831,31 @@ def test_s6_5_2g_bounds_that_the_standard_does_not_allow_are_refused():
     ):
         with pytest.raises(ValueError, match="expected"):
             Bounds(**wrong)
+
+
+# --- what a fuzz has found ----------------------------------------------------------
+
+
+def test_nothing_of_our_memory_is_told_to_a_peer_whose_block_cannot_be_read():
+    server = opened()
+    assert ends(server, headers(1, block=b"\xff" * 20), Code.COMPRESSION_ERROR)
+    assert "0x" not in str(server.receive(b""))
+    server = opened()
+    server.receive(headers(1, block=b"\xff" * 20))
+    assert b"memory" not in server.outgoing()
+
+
+def test_a_block_has_at_most_two_updates_of_the_tables_size():
+    server = opened()
+    assert isinstance(server.receive(headers(1, block=b"\x20\x3e" + OPEN))[0], tuple)
+    raw = headers(3, block=b"\x20\x20\x20" + OPEN)
+    assert ends(server, raw, Code.COMPRESSION_ERROR)
+
+
+def test_one_frame_of_settings_does_not_hold_us_up():
+    server = opened()
+    many = b"".join(frames.settings({4: 65_535})[9:] for _ in range(33))
+    server.receive(frames.frame(frames.SETTINGS, 0, 0, many[: 6 * 32]))
+    assert not server.over
+    raw = frames.frame(frames.SETTINGS, 0, 0, many)
+    assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "in one frame")
