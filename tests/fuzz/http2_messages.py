@@ -75,8 +75,9 @@ def _large(case: Case) -> bool:
 def _further(case: Case) -> bool:
     ours = case.ours
     late = ours.fatal is None and not ours.told
+    too_many = ours.fatal is not None and case.theirs.fatal == Code.PROTOCOL_ERROR
     return (
-        case.theirs.fatal == Code.ENHANCE_YOUR_CALM
+        (case.theirs.fatal == Code.ENHANCE_YOUR_CALM or too_many)
         and case.list_is_large
         and (
             late
