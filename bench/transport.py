@@ -60,8 +60,11 @@ class Echo:
         yield self.infer(call, receive)
 
     def describe(self, call: Call) -> Description:
-        """Say nothing of a model."""
-        raise NotImplementedError
+        """Tell what is served."""
+        from ztserve.types import Description, TensorSpec
+
+        spec = (TensorSpec("x", "FP32", (-1, 64)),)
+        return Description("echo", "1", "sha256:" + "0" * 64, spec, spec)
 
 
 def serve(name: str, folder: Path) -> None:

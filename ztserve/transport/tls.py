@@ -77,7 +77,7 @@ class Ends:
             judge(peer)
             return peer
 
-        return Session(SSL.Connection(state.server, None), judged, client=False)
+        return Session(SSL.Connection(state.server, None), judged, state.identity)
 
     def connect(self, judge: Callable[[Peer], object]) -> "Session":
         """Return the client's end of a new connection, to whom `judge` lets it be."""
@@ -88,7 +88,8 @@ class Ends:
             judge(peer)
             return peer
 
-        return Session(SSL.Connection(state.client, None), judged, client=True)
+        tls = SSL.Connection(state.client, None)
+        return Session(tls, judged, state.identity, client=True)
 
     def judge(self, chain: Sequence[bytes]) -> Peer:
         """Return whom `chain` proves at this moment, by the bundles of this moment.
@@ -162,11 +163,28 @@ def _seen(
 class Session:
     """TLS without a socket: bytes of the wire in and out, plain bytes in and out."""
 
-    __slots__ = ("_judge", "_seen", "_tls", "chain", "established", "peer")
+    __slots__ = (
+        "_judge",
+        "_seen",
+        "_tls",
+        "chain",
+        "established",
+        "judged_by",
+        "peer",
+    )
 
-    def __init__(self, tls: SSL.Connection, judge: Judge, *, client: bool) -> None:
+    def __init__(
+        self,
+        tls: SSL.Connection,
+        judge: Judge,
+        judged_by: Identity,
+        *,
+        client: bool = False,
+    ) -> None:
         self._tls = tls
         self._judge = judge
+        self.judged_by = judged_by
+        """The state of ours by which the peer is judged in the handshake."""
         self._seen: dict[int, x509.Certificate] = {}
         self.established = False
         self.chain: tuple[bytes, ...] = ()

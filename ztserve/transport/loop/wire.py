@@ -253,7 +253,8 @@ class Wire(asyncio.Protocol):
     def _begin(self) -> None:
         self._expires = _NEVER
         self._http2 = Connection(client=False, bounds=self._house.bounds)
-        self.visitor.chain = self._session.chain
+        session = self._session  # whose verdict need not be found a second time
+        self.visitor = Visitor(session.chain, session.peer, session.judged_by)
         self.flush()
 
     def _take(self, plain: bytes) -> None:
