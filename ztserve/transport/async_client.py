@@ -1,19 +1,19 @@
 """The client for event loops."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Self, cast
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Self, cast
 
-import grpc
-import grpc.aio
-
+from ztserve.errors import Unavailable, ZTServeError
 from ztserve.identity import JwtSource, Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
-from ztserve.transport.async_upkeep import AsyncUpkeep
+from ztserve.transport.loop.call import AwaitedCall
+from ztserve.transport.loop.channel import Channel
 from ztserve.transport.protocol import NONE, Metadata
-from ztserve.transport.replicas import Lane, Replicas
 from ztserve.transport.retry import UNFIT, Attempts, Budget
 from ztserve.transport.route import Route
+from ztserve.transport.upkeep import Upkeep
 from ztserve.types import Caller, Request, Tensor, Value
 
 
@@ -36,24 +36,16 @@ class AsyncClient:
         quarantine: Quarantine | None = None,
         tokens: JwtSource | None = None,
     ) -> None:
-        self._replicas: Replicas[grpc.aio.Channel] = Replicas(self._close_channel)
         self._route = Route(
-            target,
-            source,
-            self._replicas,
-            server_id,
-            directory,
-            directory_id,
-            quarantine,
+            target, source, server_id, directory, directory_id, quarantine
         )
         self._model = model
         self._timeout_s = timeout_s
         self._tokens = tokens
         self._budget = Budget()
         self._datatypes: Mapping[str, str] | None = None
-        self._upkeep: AsyncUpkeep | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._upkeep: Upkeep | None = None
+        self._closed = False
 
     @property
     def server_id(self) -> SpiffeId:
@@ -128,50 +120,43 @@ class AsyncClient:
         caller: Caller | None = None,
     ) -> AsyncIterator[tuple[Tensor, ...]]:
         """Yield the answer to a request that is made already, piece by piece."""
-        server = self._route.server
         message = values.message(request)
         headers = await self._headers(caller)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
-            left_s, lane = attempts.left_s(), await self._lane(attempts)
+            channel = await self._channel(attempts)
             error: Exception | None = None
             started, call = False, None
             try:
-                call = _callable(lane, protocol.STREAM)(
-                    iter((message,)), timeout=left_s, metadata=headers
-                )
+                call = self._begun(channel, protocol.STREAM, message, headers, attempts)
                 async for one in call:
                     started = True
-                    yield protocol.piece(one, server)
+                    yield protocol.piece(one, self.server_id)
                 self._budget.earn()
                 return
-            except grpc.RpcError as failed:
-                error = protocol.failure(failed, server, cut=lane.cut)
-            except asyncio.CancelledError:
-                protocol.check_not_cancelled()
-                error = protocol.cut_off(server)
+            except ZTServeError as failed:
+                error = failed
             finally:
                 if call is not None:
-                    call.cancel()
-                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
+                    call.let_go()
+                self._give_back(channel, error)
             if started:
                 raise protocol.midway(error)
-            await asyncio.sleep(attempts.pause_s(error, lane.address))
+            await asyncio.sleep(attempts.pause_s(error, channel.address))
 
     async def start(self) -> None:
         """Begin to follow source and directory; the first call does it otherwise."""
         if self._upkeep is None:
-            self._upkeep = AsyncUpkeep(self._route)
-            self._starting = asyncio.ensure_future(self._upkeep.start())
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-            self._starting = None
+            self._upkeep = Upkeep(self._route)
 
     async def close(self) -> None:
         """Take no more calls; those that run may end. May be called again."""
+        self._closed = True
         if self._upkeep is not None:
             await self._upkeep.close()
-        await asyncio.gather(*self._closing)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(protocol.CLOSE_S):
+                    await self._upkeep.emptied()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -199,9 +184,7 @@ class AsyncClient:
                 self._datatypes = NONE
         return self._datatypes
 
-    async def _headers(
-        self, caller: Caller | None
-    ) -> tuple[tuple[str, str | bytes], ...] | None:
+    async def _headers(self, caller: Caller | None) -> protocol.Headers:
         server, tokens = self._route.server, self._tokens
         if tokens is None or tokens.is_held(server):
             return protocol.headers(caller, server, tokens)
@@ -215,42 +198,50 @@ class AsyncClient:
         timeout_s: float | None,
         caller: Caller | None = None,
     ) -> bytes:
-        server = self._route.server
         headers = await self._headers(caller)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
-            left_s, lane = attempts.left_s(), await self._lane(attempts)
+            channel = await self._channel(attempts)
             error: Exception | None = None
+            call = None
             try:
-                answer: bytes = await _callable(lane, path)(
-                    message, timeout=left_s, metadata=headers
-                )
+                call = self._begun(channel, path, message, headers, attempts)
+                answer = await call.result()
                 self._budget.earn()
                 return answer
-            except grpc.RpcError as failed:
-                error = protocol.failure(failed, server, cut=lane.cut)
-            except asyncio.CancelledError:
-                protocol.check_not_cancelled()
-                error = protocol.cut_off(server)
+            except ZTServeError as failed:
+                error = failed
             finally:
-                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
-            await asyncio.sleep(attempts.pause_s(error, lane.address))
+                if call is not None:
+                    call.let_go()
+                self._give_back(channel, error)
+            await asyncio.sleep(attempts.pause_s(error, channel.address))
 
-    async def _lane(self, attempts: Attempts) -> Lane[grpc.aio.Channel]:
-        if self._upkeep is None or self._starting is not None:
-            await self.start()
-        return await cast("AsyncUpkeep", self._upkeep).lane(attempts)
+    async def _channel(self, attempts: Attempts) -> Channel:
+        if self._closed:
+            raise Unavailable("this client is closed")
+        await self.start()
+        upkeep = cast("Upkeep", self._upkeep)
+        return upkeep.channel(attempts) or await upkeep.known(attempts)
 
-    def _close_channel(self, channel: grpc.aio.Channel) -> None:
-        task = asyncio.ensure_future(channel.close(None))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _begun(
+        self,
+        channel: Channel,
+        path: str,
+        message: bytes,
+        headers: protocol.Headers,
+        attempts: Attempts,
+    ) -> AwaitedCall:
+        call = AwaitedCall(
+            path,
+            message,
+            timeout_s=attempts.left_s(),
+            server=self.server_id,
+            metadata=headers,
+            most=protocol.MAX_MESSAGE_BYTES,
+        )
+        channel.begin(call)
+        return call
 
-
-def _callable(lane: Lane[grpc.aio.Channel], path: str) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = lane.calls.get(path)
-    if found is None:
-        channel = cast("Any", lane.channel)
-        make = channel.stream_stream if path == protocol.STREAM else channel.unary_unary
-        found = lane.calls[path] = make(path)
-    return found
+    def _give_back(self, channel: Channel, error: Exception | None) -> None:
+        self._route.replicas.give_back(channel, refused=isinstance(error, UNFIT))

@@ -1,15 +1,16 @@
 """The client for threads."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self, cast
+from collections.abc import Iterator, Mapping
+from typing import Self
 
-import grpc
-
+from ztserve.errors import Unavailable, ZTServeError
 from ztserve.identity import JwtSource, Quarantine, Source, SpiffeId
 from ztserve.transport import protocol, values
+from ztserve.transport.loop.call import BlockingCall
+from ztserve.transport.loop.channel import Channel
+from ztserve.transport.loop.thread import LoopThread
 from ztserve.transport.protocol import NONE, Metadata
-from ztserve.transport.replicas import Lane, Replicas
 from ztserve.transport.retry import UNFIT, Attempts, Budget
 from ztserve.transport.route import Route
 from ztserve.transport.upkeep import Upkeep
@@ -52,22 +53,17 @@ class Client:
         quarantine: Quarantine | None = None,
         tokens: JwtSource | None = None,
     ) -> None:
-        self._replicas: Replicas[grpc.Channel] = Replicas(_close)
         self._route = Route(
-            target,
-            source,
-            self._replicas,
-            server_id,
-            directory,
-            directory_id,
-            quarantine,
+            target, source, server_id, directory, directory_id, quarantine
         )
         self._model = model
         self._timeout_s = timeout_s
         self._tokens = tokens
         self._budget = Budget()
         self._datatypes: Mapping[str, str] | None = None
-        self._upkeep = Upkeep(self._route)
+        self._closed = False
+        self._thread = LoopThread("ztserve-client")
+        self._upkeep = self._thread.run(_upkeep(self._route)).result()
 
     @property
     def server_id(self) -> SpiffeId:
@@ -146,36 +142,38 @@ class Client:
         caller: Caller | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the answer to a request that is made already, piece by piece."""
-        server = self._route.server
         message = values.message(request)
-        headers = protocol.headers(caller, server, self._tokens)
+        headers = protocol.headers(caller, self.server_id, self._tokens)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
-            left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)
+            channel = self._channel(attempts)
             error: Exception | None = None
             started, call = False, None
             try:
-                call = _callable(lane, protocol.STREAM)(
-                    iter((message,)), timeout=left_s, metadata=headers
-                )
+                call = self._begun(channel, protocol.STREAM, message, headers, attempts)
                 for one in call:
                     started = True
-                    yield protocol.piece(one, server)
+                    yield protocol.piece(one, self.server_id)
                 self._budget.earn()
                 return
-            except grpc.RpcError as failed:
-                error = protocol.failure(failed, server, cut=lane.cut)
+            except ZTServeError as failed:
+                error = failed
             finally:
                 if call is not None:
-                    call.cancel()
-                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
+                    call.let_go()
+                self._give_back(channel, error)
             if started:
                 raise protocol.midway(error)
-            time.sleep(attempts.pause_s(error, lane.address))
+            time.sleep(attempts.pause_s(error, channel.address))
 
     def close(self) -> None:
         """Take no more calls; those that run may end. May be called again."""
-        self._upkeep.close()
+        if not self._closed:
+            self._closed = True
+            self._thread.run(self._upkeep.close()).result()
+            self._thread.close(self._upkeep.emptied())
+        if not self._route.replicas.in_flight:
+            self._thread.join(protocol.CLOSE_S)
 
     def __enter__(self) -> Self:
         return self
@@ -209,33 +207,56 @@ class Client:
         timeout_s: float | None,
         caller: Caller | None = None,
     ) -> bytes:
-        server = self._route.server
-        headers = protocol.headers(caller, server, self._tokens)
+        headers = protocol.headers(caller, self.server_id, self._tokens)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
-            left_s, lane = attempts.left_s(), self._upkeep.lane(attempts)
+            channel = self._channel(attempts)
             error: Exception | None = None
+            call = None
             try:
-                answer: bytes = _callable(lane, path)(
-                    message, timeout=left_s, metadata=headers
-                )
+                call = self._begun(channel, path, message, headers, attempts)
+                answer = call.result()
                 self._budget.earn()
                 return answer
-            except grpc.RpcError as failed:
-                error = protocol.failure(failed, server, cut=lane.cut)
+            except ZTServeError as failed:
+                error = failed
             finally:
-                self._replicas.give_back(lane, refused=isinstance(error, UNFIT))
-            time.sleep(attempts.pause_s(error, lane.address))
+                if call is not None:
+                    call.let_go()
+                self._give_back(channel, error)
+            time.sleep(attempts.pause_s(error, channel.address))
+
+    def _channel(self, attempts: Attempts) -> Channel:
+        if self._closed:
+            raise Unavailable("this client is closed")
+        found = self._upkeep.channel(attempts)
+        if found is None:
+            found = self._thread.run(self._upkeep.known(attempts)).result()
+        return found
+
+    def _begun(
+        self,
+        channel: Channel,
+        path: str,
+        message: bytes,
+        headers: protocol.Headers,
+        attempts: Attempts,
+    ) -> BlockingCall:
+        call = BlockingCall(
+            path,
+            message,
+            timeout_s=attempts.left_s(),
+            server=self.server_id,
+            post=self._thread.post,
+            metadata=headers,
+            most=protocol.MAX_MESSAGE_BYTES,
+        )
+        self._thread.post(channel.begin, call)
+        return call
+
+    def _give_back(self, channel: Channel, error: Exception | None) -> None:
+        self._route.replicas.give_back(channel, refused=isinstance(error, UNFIT))
 
 
-def _close(channel: grpc.Channel) -> None:
-    channel.close()
-
-
-def _callable(lane: Lane[grpc.Channel], path: str) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = lane.calls.get(path)
-    if found is None:
-        channel = cast("Any", lane.channel)
-        make = channel.stream_stream if path == protocol.STREAM else channel.unary_unary
-        found = lane.calls[path] = make(path)
-    return found
+async def _upkeep(route: Route) -> Upkeep:
+    return Upkeep(route)

@@ -5,13 +5,16 @@ grammar are in capitals here.
 """
 
 import base64
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
+import ztserve
 from ztserve.errors import InvalidInput
-from ztserve.transport.http2 import Block, Fields, Request, encode
+from ztserve.transport.http2 import Block, Fields, Request, Response, encode
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 """Names in lower case; the values of names in ``-bin`` are bytes."""
@@ -243,3 +246,87 @@ def trailers(code: int, message: str, more: Mapping[str, str]) -> Block:
 def trailers_only(code: int, message: str, more: Mapping[str, str]) -> Block:
     """Return the whole answer of a call without a message (Trailers-Only)."""
     return encode((*_HEAD, *ended(code, message, more)))
+
+
+# --- a client's heads, and what comes back ------------------------------------------
+
+USER_AGENT = f"grpc-python-ztserve/{ztserve.__version__}".encode()
+_MOST_OF_A_UNIT = 99_999_999  # TimeoutValue: eight digits
+_CODES_OF_HTTP = {400: INTERNAL, 401: 16, 403: 7, 404: UNIMPLEMENTED}
+_CODES_OF_HTTP |= dict.fromkeys((429, 502, 503, 504), 14)
+UNKNOWN = 2
+
+
+@lru_cache(maxsize=256)
+def request_head(path: str, authority: str) -> Block:
+    """Return the head of a call without its timeout and metadata (Request-Headers)."""
+    return encode(
+        (
+            (b":method", b"POST"),
+            (b":scheme", b"https"),
+            (b":path", path.encode()),
+            (b":authority", authority.encode()),
+            (b"te", b"trailers"),
+            (b"content-type", b"application/grpc"),
+            (b"user-agent", USER_AGENT),
+        )
+    )
+
+
+def timeout(left_s: float) -> Block:
+    """Return the field that tells how long a caller waits.
+
+    Rounded up to tenths of a second, where it is more than one: a server then sees
+    equal heads of equal calls.
+    """
+    step_ms = 100 if left_s > 1 else 1
+    return _timeout(max(math.ceil(left_s * 1000 / step_ms), 1) * step_ms)
+
+
+@lru_cache(maxsize=256)
+def _timeout(milliseconds: int) -> Block:
+    if milliseconds <= _MOST_OF_A_UNIT:
+        return encode(((b"grpc-timeout", b"%dm" % milliseconds),))
+    seconds = min(milliseconds // 1000, _MOST_OF_A_UNIT)
+    return encode(((b"grpc-timeout", b"%dS" % seconds),))
+
+
+class Status(NamedTuple):
+    """How a call ended: gRPC's code, the sentence, and the trailing metadata."""
+
+    code: int
+    message: str
+    metadata: Metadata
+
+
+def answered(head: Response) -> Status | None:
+    """Return how a call ended whose answer begins with `head`; None: gRPC tells it.
+
+    "HTTP to gRPC Status Code Mapping" of the gRPC project.
+    """
+    if head.status != 200:
+        code = _CODES_OF_HTTP.get(head.status, UNKNOWN)
+        return Status(code, f"HTTP status {head.status}", ())
+    for name, value in head.fields:
+        if name == b"content-type" and _CONTENT_TYPE.fullmatch(value):
+            return None
+    return Status(UNKNOWN, "the answer is not gRPC", ())
+
+
+def status(trailers: Fields) -> Status:
+    """Return what the trailers of a call say. Raises Unreadable where that is none."""
+    code: int | None = None
+    text = ""
+    for name, value in trailers:
+        if name == b"grpc-status" and value.isdigit() and len(value) < 4:
+            code = int(value)
+        elif name == b"grpc-message":
+            text = percent_decoded(value)
+    if code is None:
+        raise Unreadable(UNKNOWN, "the answer ends without a grpc-status")
+    if code == 0:
+        return GOOD
+    return Status(code, text, metadata(trailers))
+
+
+GOOD = Status(0, "", ())

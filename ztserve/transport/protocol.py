@@ -1,12 +1,9 @@
 """What both clients say and hear, apart from the waiting."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, cast
-
-import grpc
+from typing import NamedTuple, TypeAlias
 
 from ztserve.errors import (
     Denied,
@@ -14,7 +11,6 @@ from ztserve.errors import (
     Interrupted,
     NotFound,
     Unavailable,
-    ZTServeError,
 )
 from ztserve.identity import JwtSource
 from ztserve.transport import callers, codec, status, values
@@ -29,6 +25,8 @@ METADATA = SERVICE + "ModelMetadata"
 
 ASK_READY = pb.ServerReadyRequest().SerializeToString()
 ASK_METADATA = pb.ModelMetadataRequest().SerializeToString()
+Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""Metadata of a call."""
 NONE: Mapping[str, str] = MappingProxyType({})
 
 AUTHORIZATION = "authorization"
@@ -38,16 +36,14 @@ TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 600.0
 KNOWN_S = 5.0
 """How long a call waits for the directory to name a first replica."""
-READY_S = 5.0
-"""How long a new channel may take before it replaces an older one."""
-NEWS_S = 0.1
-"""How soon news of our own identity or the quarantine interrupts that wait."""
+LOOK_S = 1.0
+"""How often what has a time is seen to."""
 AGAIN_S = 1.0
-"""Pause before the directory, or a replica's new channel, is tried again."""
-RENEW_S = 600.0
-"""Each server is verified anew at least this often."""
-PART_S = 0.5
-"""What runs with those who may not be believed any more may last so long."""
+"""Pause before the directory is asked again."""
+WATCH_S = 3600.0
+"""Of the directory; then it is asked anew."""
+CLOSE_S, EMPTIED_S = 1.0, 0.02
+"""How long `close` waits for connections to end, and how often it looks."""
 MAY_NOT_ASK = (Denied, NotFound)
 
 
@@ -81,7 +77,7 @@ class Metadata:
 
 def headers(
     caller: Caller | None, server: str, tokens: JwtSource | None = None
-) -> tuple[tuple[str, str | bytes], ...] | None:
+) -> Headers:
     """Return the metadata of a call on behalf of `caller`, with a token of ours.
 
     Raises IdentityError where the agent gives us none for this server.
@@ -91,7 +87,7 @@ def headers(
         found.append((callers.HEADER, callers.written(caller, audience=server)))
     if tokens is not None:
         found.append((AUTHORIZATION, tokens.fetch(server).authorization))
-    return tuple(found) or None
+    return tuple(found)
 
 
 def answer(message: bytes) -> tuple[Tensor, ...]:
@@ -132,32 +128,6 @@ def midway(error: Exception) -> Exception:
     if isinstance(error, Unavailable):
         return Interrupted("the connection broke during the answer", str(error))
     return error
-
-
-def cut_off(server: str) -> ZTServeError:
-    """Return the error of a call that this client itself broke off."""
-    return Interrupted(
-        f"the call was broken off: {server} or this client may not be believed any more"
-    )
-
-
-def check_not_cancelled() -> None:
-    """Raise CancelledError if the running task is to end.
-
-    Otherwise it was gRPC's call that ended: its channel was closed.
-    """
-    task = asyncio.current_task()
-    if task is None or task.cancelling():
-        raise asyncio.CancelledError
-
-
-def failure(error: grpc.RpcError, server: str, *, cut: bool = False) -> ZTServeError:
-    """Return the typed error of a failed call; `cut`: we ourselves ended it."""
-    if cut:
-        return cut_off(server)
-    known = cast("grpc.Call", error)
-    code, details = known.code(), known.details() or ""
-    return status.translated(code, details, known.trailing_metadata() or (), server)
 
 
 def undeclared(

@@ -1,10 +1,9 @@
 """What a client knows of the way to its server; no I/O.
 
-`Client` and `AsyncClient` keep it up to date, each in its own way of waiting.
+`upkeep.Upkeep` keeps it up to date.
 """
 
 from collections.abc import Collection
-from typing import Generic, TypeVar
 
 from ztserve import types
 from ztserve.errors import (
@@ -15,17 +14,16 @@ from ztserve.errors import (
     ZTServeError,
 )
 from ztserve.identity import Identity, Quarantine, Source, SpiffeId
-from ztserve.transport import channels, protocol
 from ztserve.transport.directory import Endpoint, checked_deployment, checked_target
-from ztserve.transport.replicas import Lane, Replicas
-
-C = TypeVar("C")
+from ztserve.transport.loop.channel import Channel, Expected
+from ztserve.transport.replicas import Replicas
+from ztserve.transport.tls import Ends
 
 DIRECTORY = "ns/ztserve/sa/directory"
 """Path of the directory door's SPIFFE ID, in our own trust domain."""
 
 
-class Route(Generic[C]):
+class Route:
     """Whom a client expects, under which identity, and where the replicas are.
 
     `target` is ``host:port``, which needs `server_id`, or ``namespace/service``, which
@@ -37,7 +35,6 @@ class Route(Generic[C]):
         self,
         target: str,
         source: Source,
-        replicas: Replicas[C],
         server_id: str | None,
         directory: str | None,
         directory_id: str | None,
@@ -45,8 +42,8 @@ class Route(Generic[C]):
     ) -> None:
         self.source = source
         self.quarantine = quarantine
-        self.identity: Identity | None = source.current()
-        own = self.identity.svid.id
+        identity = source.current()
+        own = identity.svid.id
         self.target = target
         self.deployment = "/" in target
         self.directory = directory or ""
@@ -62,21 +59,26 @@ class Route(Generic[C]):
         self.directory_id = SpiffeId.parse(
             directory_id or f"spiffe://{own.trust_domain}/{DIRECTORY}"
         )
+        if not identity.bundles.get(self.server.trust_domain):
+            raise IdentityError(
+                f"cannot verify {self.server}: there is no trust bundle of "
+                f"{self.server.trust_domain}; federate with it"
+            )
+        self.identity: Identity | None = identity
+        self.trusted = True
+        """Whether we have an identity, and the server may be called."""
         self.model = ""
-        self.replicas = replicas
-        self.options = channels.options(self.server, protocol.MAX_MESSAGE_BYTES)
-        self.credentials = channels.credentials(self.identity, self.server)
-        self.generation = 0
-        self.patient = True
-        """Whether older lanes may serve until newer ones are ready."""
-        self.distrusted = 0
-        """What runs on lanes of generations below this is to be broken off soon."""
+        ends = Ends(source)
+        self._expected = Expected(ends, self.server, quarantine)
+        self.book = Expected(ends, self.directory_id, quarantine)
+        """What the directory is judged by."""
+        self.replicas = Replicas(lambda address: Channel(address, self._expected))
         self.trouble: Exception | None = None
         """Why the directory or the source last failed."""
         self.addresses: Collection[str] = () if self.deployment else (target,)
 
-    def lane(self, avoid: Collection[str]) -> Lane[C]:
-        """Take a lane for a call. Raises IdentityError, or Unavailable."""
+    def channel(self, avoid: Collection[str]) -> Channel:
+        """Take a channel for a call. Raises IdentityError, or Unavailable."""
         self._check_called(self.server)
         identity = self.identity
         if identity is None or types.now() > identity.svid.not_after:
@@ -89,46 +91,24 @@ class Route(Generic[C]):
                 raise self.trouble from None
             raise Unavailable(f"no replica of {self.target} is known") from None
 
-    def look(self) -> list[str]:
-        """Take the identity that the source has now.
+    def adopt(self) -> bool:
+        """Take the identity that the source has now; return whether it is a new one.
 
-        Return the addresses that need a new lane. Where there is no identity any
-        more, or no bundle to verify the server by, or the server is in quarantine, no
-        lane is left.
+        Raises IdentityError where there is none, Unavailable where the server may not
+        be called.
         """
+        older = self.identity
+        self.trusted = False
         try:
-            identity = self.source.current()
-            if identity is not self.identity:
-                self._adopt(identity)
+            self.identity = self.source.current()
             self._check_called(self.server)
         except (IdentityError, Unavailable) as error:
             if isinstance(error, IdentityError):
                 self.identity = None
             self.trouble = error
-            self.replicas.keep_only(())
-            self.generation += 1
-            self.distrusted = self.generation
-            return []
-        self.replicas.keep_only(self.addresses)
-        return self.replicas.outdated(self.addresses, self.generation)
-
-    def renew(self) -> None:
-        """Have each replica verified anew, over a new connection."""
-        self.generation += 1
-        self.patient = True
-
-    def _adopt(self, identity: Identity) -> None:
-        self.options = channels.options(self.server, protocol.MAX_MESSAGE_BYTES)
-        self.credentials = channels.credentials(identity, self.server)
-        trust_domain, older = self.server.trust_domain, self.identity
-        # Where a root was withdrawn, what it vouched for must not serve any longer.
-        self.patient = older is not None and set(older.bundles[trust_domain]) <= set(
-            identity.bundles[trust_domain]
-        )
-        self.identity = identity
-        self.generation += 1
-        if not self.patient:
-            self.distrusted = self.generation
+            raise
+        self.trusted = True
+        return self.identity is not older
 
     def check_directory(self) -> None:
         """Raise IdentityError or Unavailable where it may not be followed now."""

@@ -62,8 +62,9 @@ TABLE: Mapping[type[Exception], Status] = MappingProxyType(
 )
 _INTERNAL = Status(_Code.INTERNAL, 500)
 _BY_NAME = {error.__name__: error for error in TABLE}
-_BY_CODE = {row.code: error for error, row in TABLE.items()}
-_BY_CODE[_Code.UNIMPLEMENTED] = NotFound
+_BY_CODE = {int(row.code.value[0]): error for error, row in TABLE.items()}
+_BY_CODE[_Code.UNIMPLEMENTED.value[0]] = NotFound
+_NAMES = {int(code.value[0]): code.name for code in _Code}
 
 
 def status(error: BaseException) -> Status:
@@ -103,41 +104,6 @@ def trailers(error: BaseException, call_id: str) -> tuple[tuple[str, str], ...]:
 
 # --- the client's half ----------------------------------------------------------
 
-_LIKELY = (
-    (
-        "Hostname Verification Check failed",
-        "the server's certificate is not for the expected SPIFFE ID {server}",
-    ),
-    (
-        "CERTIFICATE_VERIFY_FAILED",
-        "the server's certificate is not signed by the trust bundle of {server}'s "
-        "trust domain, or is expired: is it of another trust domain or authority?",
-    ),
-    (
-        "WRONG_VERSION_NUMBER",
-        "the server does not speak TLS at this address: is it the right port?",
-    ),
-    (
-        "Connection refused",
-        "nothing listens there: is the deployment running, and on this port?",
-    ),
-    (
-        "TSI_DATA_CORRUPTED",  # what gRPC makes of an alert after its own Finished
-        "the server refused this client in the handshake: probably it does not trust "
-        "this client's SVID (another trust domain, expired, in quarantine, or an "
-        "authority that its bundle does not hold)",
-    ),
-    (
-        "Socket closed",
-        "the server closed the connection during the handshake: probably it does not "
-        "trust this client's SVID (another trust domain, expired, or an authority "
-        "that its bundle does not hold)",
-    ),
-)
-_REFUSED_STREAM = "RST_STREAM with error code 7"  # RFC 9113, 8.7: not processed
-_NEVER_SENT = "failed to connect to all addresses"
-_TOO_LARGE = "larger than max"
-
 
 def rebuilt(name: str, public: str, call_id: str, server: str) -> ZTServeError:
     """Return the error that a verified server names, to be raised by the client."""
@@ -149,12 +115,12 @@ def rebuilt(name: str, public: str, call_id: str, server: str) -> ZTServeError:
 
 
 def translated(
-    code: grpc.StatusCode,
+    code: int,
     details: str,
     metadata: Iterable[tuple[str, str | bytes]],
     server: str,
 ) -> ZTServeError:
-    """Return the typed error of a failed call.
+    """Return the typed error of a call that the server ended in `code`, not 0.
 
     Only Overloaded and Unavailable mean that the call surely did not run.
     """
@@ -162,31 +128,10 @@ def translated(
     name = known.get(ERROR_KEY)
     if isinstance(name, str):
         return rebuilt(name, details, str(known.get(CALL_KEY, "")), server)
-    if code is _Code.UNAVAILABLE:
-        return _connection(details, server)
-    if code is _Code.RESOURCE_EXHAUSTED and _TOO_LARGE in details:
-        return _error(
-            InvalidInput, "the message is larger than the receiver takes", details
-        )
-    if code is _Code.CANCELLED:
-        return _error(Interrupted, "the server ended the call", details)
-    error = _BY_CODE.get(code, InferenceError)
+    error, words = _BY_CODE.get(code, InferenceError), _NAMES.get(code, f"code {code}")
+    reason = f"{words}: {details} ({server})"
+    if error in (Unavailable, Cancelled):  # of a server that is not ours
+        return Interrupted("the server ended the call; it may have run", reason)
     if issubclass(error, CallError):
-        return error(details or code.name, f"{code.name}: {details} ({server})")
-    return InferenceError(f"{code.name}: {details} ({server})")
-
-
-def _connection(details: str, server: str) -> CallError:
-    if _REFUSED_STREAM in details:
-        return _error(Overloaded, "the server takes no more calls now", details)
-    if not details.startswith(_NEVER_SENT):
-        broken = "the connection broke during the call; it may have run"
-        return _error(Interrupted, broken, details)
-    for symptom, cause in _LIKELY:
-        if symptom in details:
-            return _error(Unavailable, cause.format(server=server), details)
-    return _error(Unavailable, f"no connection to {server}", details)
-
-
-def _error(kind: type[CallError], public: str, details: str) -> CallError:
-    return kind(public, f"{public} [{details}]")
+        return error(details or words, reason)
+    return InferenceError(reason)

@@ -1,160 +1,166 @@
-"""Keeps a client's lanes as they should be, on threads of its own."""
+"""Keeps a client's channels as they should be, on an event loop."""
 
+import asyncio
+import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias, cast
 
-import grpc
-
-from ztserve.errors import Denied, Unauthenticated, Unavailable, ZTServeError
-from ztserve.transport import channels, protocol
+from ztserve.errors import (
+    DeadlineExceeded,
+    Denied,
+    IdentityError,
+    Unauthenticated,
+    Unavailable,
+    ZTServeError,
+)
 from ztserve.transport import directory as door
-from ztserve.transport.replicas import Lane
+from ztserve.transport import protocol
+from ztserve.transport.loop.call import AwaitedCall
+from ztserve.transport.loop.channel import Channel
 from ztserve.transport.retry import Attempts
 from ztserve.transport.route import Route
 
 _LOG = logging.getLogger(__name__)
 
-_Route: TypeAlias = Route[grpc.Channel]
-
 
 class Upkeep:
-    """Follows the source and the directory; opens, replaces and retires lanes.
+    """Follows the source, the quarantine and the directory, on the running loop."""
 
-    A new lane to a replica that has an older one takes its place when it is ready, so
-    that rotation costs no call; the older one ends with its last call.
-    """
-
-    def __init__(self, route: _Route) -> None:
+    def __init__(self, route: Route) -> None:
         self._route = route
-        self._known = threading.Event()
-        self._wake = threading.Event()
-        self._closed = threading.Event()
-        self._watching: Any = None
+        self._loop = asyncio.get_running_loop()
+        self._known = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._watching: AwaitedCall | None = None
+        self._book: Channel | None = None
         self._unsubscribe = [
-            one.subscribe(self._wake.set)
+            one.subscribe(self._woken)
             for one in (route.source, route.quarantine)
             if one is not None
         ]
-        self._tend_once()
-        self._threads = [_started(self._tend)]
+        self._tend_once(news=True)
+        self._tasks = [self._loop.create_task(self._tend())]
         if route.deployment:
-            self._threads.append(_started(self._follow))
+            self._tasks.append(self._loop.create_task(self._follow()))
 
-    def lane(self, attempts: Attempts) -> Lane[grpc.Channel]:
-        """Take a lane for one attempt; wait for a first replica to be known."""
-        if self._closed.is_set():
-            raise Unavailable("this client is closed")
-        if self._route.deployment and not self._known.is_set():
-            self._known.wait(min(attempts.left_s(), protocol.KNOWN_S))
-        return self._route.lane(attempts.tried)
+    def channel(self, attempts: Attempts) -> Channel | None:
+        """Take a channel for one attempt; None: wait for `known` first."""
+        if not self._known.is_set():
+            return None
+        return self._route.channel(attempts.tried)
 
-    def close(self) -> None:
-        """Let go of all lanes."""
-        self._closed.set()
+    async def known(self, attempts: Attempts) -> Channel:
+        """Take a channel for one attempt; wait for a first replica to be known."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(attempts.left_s(), protocol.KNOWN_S)):
+                await self._known.wait()
+        return self._route.channel(attempts.tried)
+
+    async def close(self) -> None:
+        """Take no more calls, and let go of all channels."""
         for unsubscribe in self._unsubscribe:
             unsubscribe()
-        self._wake.set()
-        if self._watching is not None:
-            self._watching.cancel()
-        for thread in self._threads:
-            thread.join(timeout=protocol.READY_S)
+        self._unsubscribe = []
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._route.replicas.keep_only(())
+        if self._book is not None:
+            self._book.abort()
 
-    def _tend(self) -> None:
-        pause_s = protocol.RENEW_S
-        while not self._closed.is_set():
-            if not self._wake.wait(pause_s) and pause_s == protocol.RENEW_S:
-                self._route.renew()
+    async def emptied(self) -> None:
+        """Wait until the calls that ran at `close` have ended."""
+        while list(self._route.replicas) or self._has_book():
+            for channel in self._route.replicas:
+                channel.look(time.monotonic())
+            await asyncio.sleep(protocol.EMPTIED_S)
+
+    def _has_book(self) -> bool:
+        return self._book is not None and not self._book.is_closed
+
+    def _woken(self) -> None:
+        # The source calls from its own thread; the loop may be closed by then.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _tend(self) -> None:
+        while True:
+            # Not wait_for: that of Python 3.11 can lose a cancellation.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(protocol.LOOK_S):
+                    await self._wake.wait()
+            news = self._wake.is_set()
             self._wake.clear()
-            all_open = self._tend_once()
-            pause_s = protocol.RENEW_S if all_open else protocol.AGAIN_S
+            self._tend_once(news=news)
 
-    def _tend_once(self) -> bool:
-        """Open the lanes that are missing; return whether there is one for each."""
-        opened = [self._open(address) for address in self._route.look()]
+    def _tend_once(self, *, news: bool) -> None:
+        """See to each channel; `news`: identity, quarantine or addresses changed."""
+        route = self._route
+        renewed = False
+        try:
+            if news:
+                renewed = route.adopt()
+        except (IdentityError, Unavailable):
+            for channel in route.replicas:
+                channel.distrust()
+            route.replicas.keep_only(())
+        if route.trusted:
+            route.replicas.keep_only(route.addresses)
+        now = time.monotonic()
+        for channel in route.replicas:
+            if renewed:
+                channel.rejudge()
+            channel.look(now)
+        self._note_known()
+        if self._book is not None:
+            self._tend_book(self._book, renewed=renewed)
+
+    def _note_known(self) -> None:
         if self._route.addresses:
             self._known.set()
-        else:
+        elif not isinstance(self._route.trouble, Denied | Unauthenticated):
             self._known.clear()
-        self._break_off()
-        return all(opened)
 
-    def _break_off(self) -> None:
-        """End what runs with those who may not be believed any longer."""
-        distrusted, self._route.distrusted = self._route.distrusted, 0
-        if distrusted:
-            # Short calls may end: where a root was dropped, the server is often good.
-            timer = threading.Timer(
-                protocol.PART_S, self._route.replicas.cut, (distrusted,)
-            )
-            timer.daemon = True
-            timer.start()
-        if self._watching is not None:
-            try:
-                self._route.check_directory()
-            except ZTServeError:
-                self._watching.cancel()
+    def _tend_book(self, book: Channel, *, renewed: bool) -> None:
+        if renewed:
+            book.rejudge()
+        book.look(time.monotonic())
+        try:
+            self._route.check_directory()
+        except ZTServeError as error:
+            if self._watching is not None:
+                self._watching.cancel(error)
 
-    def _open(self, address: str) -> bool:
-        route = self._route
-        generation = route.generation
-        channel = grpc.secure_channel(
-            door.checked_target(address), route.credentials, options=route.options
-        )
-        waits = route.patient and address in route.replicas
-        if waits and not self._is_ready(channel):
-            channel.close()
-            return False
-        route.replicas.install(Lane(address, channel, generation))
-        return True
-
-    def _is_ready(self, channel: grpc.Channel) -> bool:
-        """Wait for `channel`, but no longer than until there is news."""
-        ready = grpc.channel_ready_future(channel)
-        until = time.monotonic() + protocol.READY_S
+    async def _follow(self) -> None:
         while True:
             try:
-                ready.result(protocol.NEWS_S)
-                return True
-            except grpc.FutureTimeoutError:
-                if self._wake.is_set() or time.monotonic() > until:
-                    ready.cancel()
-                    return False
-
-    def _follow(self) -> None:
-        while not self._closed.is_set():
-            try:
-                self._watch()
+                await self._watch()
+            except DeadlineExceeded:
+                pass  # a watch has its time, as every stream
             except ZTServeError as error:
                 self._route.trouble = error
                 if isinstance(error, Denied | Unauthenticated):
                     self._known.set()  # whoever waits need wait no longer
                 _LOG.info("directory %s: %s", self._route.directory, error)
-            self._closed.wait(protocol.AGAIN_S)
+            await asyncio.sleep(protocol.AGAIN_S)
 
-    def _watch(self) -> None:
+    async def _watch(self) -> None:
         route = self._route
         route.check_directory()
-        identity = route.source.current()
-        with grpc.secure_channel(
-            door.checked_target(route.directory),
-            channels.credentials(identity, route.directory_id),
-            options=channels.options(route.directory_id, protocol.MAX_MESSAGE_BYTES),
-        ) as channel:
-            watch = cast("Any", channel).unary_stream(door.PATH)
-            self._watching = call = watch(door.watch_request(route.target))
-            try:
-                for message in call:
-                    route.announce(door.read_deployment(message))
-                    self._wake.set()
-            except grpc.RpcError as error:
-                raise protocol.failure(error, route.directory_id) from None
-
-
-def _started(target: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=target, name="ztserve-client", daemon=True)
-    thread.start()
-    return thread
+        if self._book is None:
+            self._book = Channel(route.directory, route.book)
+        self._watching = call = AwaitedCall(
+            door.PATH,
+            door.watch_request(route.target),
+            timeout_s=protocol.WATCH_S,
+            server=route.directory_id,
+            most=protocol.MAX_MESSAGE_BYTES,
+        )
+        self._book.begin(call)
+        try:
+            async for message in call:
+                route.announce(door.read_deployment(message))
+                self._wake.set()
+        finally:
+            self._watching = None
+            call.let_go()

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import json
 import socket
@@ -506,12 +507,15 @@ def test_a_deployment_that_is_away_is_told_as_such(authority, tmp_path):
     allow = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n"
     allow += "metadata: {name: a, namespace: ml-api}\nspec: {rules: [{}]}\n"
     with running(authority, tmp_path, policy=allow) as edge:
-        edge.gateway._routes._deployments["digits-service"] = transport.AsyncClient(
+        deployments = edge.gateway._routes._deployments
+        there = deployments["digits-service"]
+        deployments["digits-service"] = transport.AsyncClient(
             "127.0.0.1:1",
             source=authority.source(GATEWAY),
             server_id=f"spiffe://{DOMAIN}/ns/ml-inference/sa/away",
             model="digits",
         )
+        asyncio.run_coroutine_threadsafe(there.close(), edge.gateway._loop).result()
         assert edge.ask("GET", "/v2/health/ready")[0::2] == (503, {"ready": False})
         status, headers, told = edge.ask("POST", "/v1/predict", tensor())
         assert (status, headers["retry-after"]) == (503, "1")

@@ -24,7 +24,7 @@ from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Limits
 from ztserve.transport.http2 import frames
-from ztserve.transport.loop import LoopServer, wire
+from ztserve.transport.loop import LoopServer, carrier
 from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
 
 Code = grpc.StatusCode
@@ -264,8 +264,8 @@ def test_what_is_no_call_of_grpc_is_told_so(authority, block, status):
 
 
 def test_a_peer_that_is_gone_without_a_word_is_asked_and_let_go(authority, monkeypatch):
-    monkeypatch.setattr(wire, "QUIET_S", 0.5)
-    monkeypatch.setattr(wire, "ANSWER_S", 1.0)
+    monkeypatch.setattr(carrier, "QUIET_S", 0.5)
+    monkeypatch.setattr(carrier, "ANSWER_S", 1.0)
     with serving(authority) as served, served.channel() as channel:
         channel.unary_unary(INFER)(message(), timeout=5)
         silent = connected(served)  # which answers no ping

@@ -339,6 +339,11 @@ def only_first_connection(port: int):
         thread.join()
 
 
+def renew(client: Client) -> None:
+    for way in client._route.replicas:
+        client._thread.post(way.renew)
+
+
 @pytest.mark.slow
 def test_a_new_connection_that_hangs_delays_nothing(
     authority, quarantine, path
@@ -354,8 +359,7 @@ def test_a_new_connection_that_hangs_delays_nothing(
         ) as client,
     ):
         running = Streaming(client.stream(X))
-        client._route.renew()
-        client._upkeep._wake.set()
+        renew(client)
         time.sleep(0.3)
         shut_out(path, SERVER)
         running.assert_ends_within(1)
@@ -374,8 +378,8 @@ def test_a_new_connection_that_hangs_delays_no_async_client(
         ) as client:
             pieces = client.stream(X)
             await anext(pieces)
-            client._route.renew()
-            client._upkeep._wake.set()
+            for channel in client._route.replicas:
+                channel.renew()
             end = time.monotonic() + 0.3
             while time.monotonic() < end:
                 await anext(pieces)

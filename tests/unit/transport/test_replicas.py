@@ -1,70 +1,72 @@
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 
 from ztserve.errors import DeadlineExceeded, Interrupted, Overloaded, Unavailable
-from ztserve.transport.replicas import Lane, Replicas
+from ztserve.transport.replicas import Replicas
 from ztserve.transport.retry import Attempts, Budget
 
 
-def replicas(*addresses: str) -> tuple[Replicas[str], list[str]]:
-    closed: list[str] = []
-    made: Replicas[str] = Replicas(closed.append)
-    for address in addresses:
-        made.install(Lane(address, f"channel to {address}", 0))
-    return made, closed
+@dataclass(eq=False)
+class Path:
+    """A channel to nowhere."""
+
+    address: str
+    in_flight: int = 0
+    aside_until: float = 0.0
+    left: bool = False
+
+    @property
+    def is_closed(self) -> bool:
+        return self.left and not self.in_flight
+
+    def leave(self) -> None:
+        self.left = True
+
+
+def replicas(*addresses: str) -> Replicas[Path]:
+    made = Replicas(Path)
+    made.keep_only(addresses)
+    return made
 
 
 def test_calls_go_where_fewer_are_in_flight() -> None:
-    made, _ = replicas("a", "b")
+    made = replicas("a", "b")
     busy = made.take()
     assert Counter(made.take(avoid=()).address for _ in range(1))[busy.address] == 0
 
 
 def test_a_replica_that_was_tried_or_refused_is_avoided_if_another_is_there() -> None:
-    made, _ = replicas("a", "b")
+    made = replicas("a", "b")
     assert {made.take(avoid={"a"}).address for _ in range(20)} == {"b"}
-    lane = made.take(avoid={"b"})
-    made.give_back(lane, refused=True)
+    one = made.take(avoid={"b"})
+    made.give_back(one, refused=True)
     assert {made.take().address for _ in range(20)} == {"b"}
     assert made.take(avoid={"a", "b"}).address in {"a", "b"}
 
 
 def test_without_a_replica_there_is_no_call() -> None:
-    made, _ = replicas()
     with pytest.raises(Unavailable, match="no replica is known"):
-        made.take()
-
-
-def test_a_replaced_lane_is_closed_after_its_last_call() -> None:
-    made, closed = replicas("a")
-    old = made.take()
-    made.install(Lane("a", "new channel", 1))
-    assert made.take().channel == "new channel"
-    assert closed == []
-    made.give_back(old)
-    assert closed == ["channel to a"]
+        replicas().take()
 
 
 def test_addresses_that_are_gone_take_no_more_calls() -> None:
-    made, closed = replicas("a", "b")
+    made = replicas("a", "b")
+    gone = made.take(avoid={"b"})
+    made.keep_only({"b", "c"})
+    assert gone.left
+    assert {made.take().address for _ in range(20)} == {"b", "c"}
+
+
+def test_a_retired_channel_is_known_until_it_is_closed() -> None:
+    made = replicas("a", "b")
+    running = made.take(avoid={"b"})
     made.keep_only({"b"})
-    assert closed == ["channel to a"]
-    assert made.outdated(["b", "c"], 0) == ["c"]
-    assert made.outdated(["b"], 1) == ["b"]
-
-
-def test_what_runs_on_a_retired_lane_can_be_broken_off_once() -> None:
-    made, closed = replicas("a", "b")
-    old, other = made.take(avoid={"b"}), made.take(avoid={"a"})
-    made.install(Lane("a", "new channel", 1))
-    made.cut(0)
-    assert (closed, old.cut) == ([], False)
-    made.cut(1)
-    assert (closed, old.cut, other.cut) == (["channel to a"], True, False)
-    made.give_back(old)
-    made.cut(1)
-    assert closed == ["channel to a"]
+    assert {one.address for one in made} == {"a", "b"}
+    assert made.in_flight == 1
+    made.give_back(running)
+    assert {one.address for one in made} == {"b"}
 
 
 def test_only_what_surely_did_not_run_is_tried_again() -> None:

@@ -14,11 +14,12 @@ from ztserve.transport import messages
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.limits import Limits
+from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.credentials import LoopCredentials
 from ztserve.transport.loop.exchange import Aborted, Exchange
 from ztserve.transport.loop.house import Arrived, House
 from ztserve.transport.loop.refusals import RefusedHandshakes
-from ztserve.transport.loop.wire import Wire, guarded
+from ztserve.transport.loop.wire import Wire
 from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.tls import Ends

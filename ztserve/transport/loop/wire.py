@@ -1,12 +1,10 @@
 """One connection on the loop: TLS, HTTP/2, and the calls that it carries."""
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
-from ztserve.errors import CallError, Unauthenticated, Unavailable
+from ztserve.errors import Unauthenticated, Unavailable
 from ztserve.transport import messages
 from ztserve.transport.http2 import (
     Code,
@@ -19,39 +17,23 @@ from ztserve.transport.http2 import (
     StreamReset,
     Writable,
 )
+from ztserve.transport.loop.carrier import CLOSE_S, NEVER, Carrier
 from ztserve.transport.loop.credentials import Visitor
 from ztserve.transport.loop.exchange import Exchange
 from ztserve.transport.loop.house import House
-from ztserve.transport.tls import HandshakeRefused, Session
-
-_LOG = logging.getLogger(__name__)
-
-_NEVER = float("inf")
-MAX_WAITING_BYTES = 1 << 20
-"""Sent, and not taken by the peer: then nothing more of it is read."""
-CLOSE_S = 1.0
-QUIET_S, ANSWER_S = 60.0, 20.0
-"""A connection that says nothing for so long is asked for a sign of life; and how long
-that may take."""
-_ASKED = b"ztserve?"
+from ztserve.transport.tls import HandshakeRefused
 
 
-class Wire(asyncio.Protocol):
+class Wire(Carrier):
     """The protocol of one client's connection."""
 
     def __init__(self, house: House) -> None:
+        super().__init__(house.soon, house.bounds, client=False)
         self._house = house
-        self._transport: asyncio.Transport
-        self._session: Session
-        self._http2: Connection | None = None
         self._calls: dict[int, Exchange] = {}
-        self._flushing = False
-        self._closing = False
-        self._lost = self._asked = False
-        self._heard, self._stuck = time.monotonic(), _NEVER
-        self._expires = _NEVER
+        self._lost = self._warned = False
+        self._stuck = NEVER
         self._retires = time.monotonic() + house.limits.max_connection_age_s
-        self._warned = self._leaving = False
         self.visitor = Visitor()
         """Who is at the other end, for the credentials to judge."""
         self.peer = ""
@@ -63,8 +45,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake, if there is a place for one more connection."""
-        self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(MAX_WAITING_BYTES)
+        self._connected(transport)
         host, port = transport.get_extra_info("peername")[:2]
         self._address = str(host)
         if ":" in self._address:
@@ -85,34 +66,6 @@ class Wire(asyncio.Protocol):
             return
         self._expires = time.monotonic() + house.limits.handshake_s
 
-    def data_received(self, data: bytes) -> None:
-        """Take bytes from the wire."""
-        if self._closing:
-            return
-        self._heard, self._asked = time.monotonic(), False
-        try:
-            self._session.receive(data)
-            if not self._session.established:
-                self._transport.write(self._session.outgoing())
-                return
-            if self._http2 is None:
-                self._begin()
-            plain = self._session.read()
-        except HandshakeRefused as refused:
-            if self._http2 is None:
-                self._house.refused(refused.cause, self._address)
-            self._transport.write(self._session.outgoing())
-            self._close()
-            return
-        if plain:
-            self._take(plain)
-        elif plain is not None:
-            self._close()
-
-    def eof_received(self) -> bool:
-        """Close: a client that stops sending is taken to have gone."""
-        return False
-
     def connection_lost(self, error: Exception | None) -> None:
         """End what is being answered."""
         if self._lost:
@@ -131,7 +84,7 @@ class Wire(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Read again."""
-        self._stuck = _NEVER
+        self._stuck = NEVER
         self._transport.resume_reading()
 
     # --- what the house tells ---------------------------------------------------
@@ -156,21 +109,12 @@ class Wire(asyncio.Protocol):
                 self.drain(final=self._warned)
                 self._warned = True
 
-    def _ask(self, http2: Connection, quiet_s: float) -> None:
-        """See whether a peer that says nothing is still there."""
-        if quiet_s > QUIET_S + ANSWER_S:
-            self._transport.abort()
-        elif quiet_s > QUIET_S and not self._asked:
-            self._asked = True
-            http2.ping(_ASKED)
-            self.flush()
-
     def judge(self) -> None:
         """Close soon where the peer's identity does not hold any more.
 
         Not at once: calls are refused by name meanwhile, and streams end by it.
         """
-        if self._http2 is None or self._expires < _NEVER:
+        if self._http2 is None or self._expires < NEVER:
             return
         try:
             self._house.credentials.peer(self.visitor)
@@ -190,10 +134,6 @@ class Wire(asyncio.Protocol):
         self._http2.drain(final=final)
         self._leaving = final
         self.flush()
-
-    def abort(self) -> None:
-        """Close now."""
-        self._transport.abort()
 
     def consumed(self, stream_id: int, count: int) -> None:
         """Let the client send more."""
@@ -242,26 +182,19 @@ class Wire(asyncio.Protocol):
         self._forget(call.stream_id)
         self.flush()
 
-    def flush(self) -> None:
-        """Write all that is to be sent, once in this turn of the loop."""
-        if not self._flushing:
-            self._flushing = True
-            self._house.soon(self._write)
-
     # --- the loop's own ---------------------------------------------------------
 
-    def _begin(self) -> None:
-        self._expires = _NEVER
-        self._http2 = Connection(client=False, bounds=self._house.bounds)
+    def _refused(self, refused: HandshakeRefused) -> None:
+        if self._http2 is None:
+            self._house.refused(refused.cause, self._address)
+
+    def _begun(self) -> None:
         session = self._session  # whose verdict need not be found a second time
         self.visitor = Visitor(session.chain, session.peer, session.judged_by)
-        self.flush()
 
-    def _take(self, plain: bytes) -> None:
-        http2 = cast("Connection", self._http2)
-        for event in http2.receive(plain):
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
             self._handle(event)
-        self.flush()
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -325,30 +258,3 @@ class Wire(asyncio.Protocol):
         call = self._calls.pop(stream_id, None)
         if call is not None:
             call.finish()
-
-    def _write(self) -> None:
-        self._flushing = False
-        if self._http2 is None or self._transport.is_closing():
-            return
-        data = self._http2.outgoing()
-        if data:
-            self._transport.write(self._session.write(data))
-        if self._http2.over or (self._leaving and not self._http2.open_streams):
-            self._close()
-
-    def _close(self) -> None:
-        self._closing = True
-        if not self._transport.is_closing():
-            self._transport.write(self._session.close())
-            self._transport.close()
-            self._expires = time.monotonic() + CLOSE_S
-
-
-def guarded(action: Callable[..., Any], *arguments: Any) -> None:
-    """Do something on the loop; a fault of one call ends no other."""
-    try:
-        action(*arguments)
-    except CallError as error:
-        _LOG.warning("a call could not be carried: %s", error)
-    except Exception:  # noqa: BLE001
-        _LOG.exception("a call could not be carried")

@@ -1,0 +1,58 @@
+"""An event loop on a thread of its own, for those who wait on theirs."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from ztserve.transport.loop.carrier import guarded
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs what other threads give it; `close` ends it."""
+
+    def __init__(self, name: str) -> None:
+        self._posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._woken = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begin a coroutine; return what to wait for."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def post(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Have something done on the loop, after what was posted before."""
+        self._posted.append((action, arguments))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._run_posted)
+
+    def close(self, last: Coroutine[Any, Any, object]) -> None:
+        """End the loop when `last` has ended; do not wait for it."""
+        self.run(last).add_done_callback(
+            lambda _: self._loop.call_soon_threadsafe(self._loop.stop)
+        )
+
+    def join(self, patience_s: float) -> None:
+        """Wait until the thread has ended, but no longer than so long."""
+        self._thread.join(patience_s)
+
+    def _run_posted(self) -> None:
+        self._woken = False  # before we look: what is posted from now on wakes again
+        while self._posted:
+            action, arguments = self._posted.popleft()
+            guarded(action, *arguments)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+            self._run_posted()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
