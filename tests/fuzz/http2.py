@@ -256,7 +256,7 @@ def unbounded(connection: Connection, given: Input) -> str:
             HARD * bounds.max_header_bytes,
         ),
         "dropped": (len(streams._dropped), 1024),
-        "known": (len(reader._known), 64),
+        "known": (len(reader._heads) + len(reader._trailers), 128),
         "table": (reader._table._current_size, MAX_TABLE_BYTES),
     }
     if not given.client:

@@ -235,7 +235,7 @@ class AsyncClient:
         call = AwaitedCall(
             path,
             message,
-            timeout_s=attempts.left_s(),
+            attempts=attempts,
             server=self.server_id,
             metadata=headers,
             most=protocol.MAX_MESSAGE_BYTES,

@@ -245,7 +245,7 @@ class Client:
         call = BlockingCall(
             path,
             message,
-            timeout_s=attempts.left_s(),
+            attempts=attempts,
             server=self.server_id,
             post=self._thread.post,
             metadata=headers,

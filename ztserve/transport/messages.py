@@ -224,7 +224,8 @@ def percent_decoded(value: bytes) -> str:
 _HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 HEAD: Block = encode(_HEAD)
 """Of each answer that has a message."""
-OK: Block = encode(((b"grpc-status", b"0"),))
+_GOOD = ((b"grpc-status", b"0"),)
+OK: Block = encode(_GOOD)
 """The trailers of a call that went well."""
 NOT_GRPC: Block = encode(((b":status", b"415"),))
 
@@ -315,6 +316,8 @@ def answered(head: Response) -> Status | None:
 
 def status(trailers: Fields) -> Status:
     """Return what the trailers of a call say. Raises Unreadable where that is none."""
+    if trailers == _GOOD:
+        return GOOD
     code: int | None = None
     text = ""
     for name, value in trailers:
@@ -324,8 +327,6 @@ def status(trailers: Fields) -> Status:
             text = percent_decoded(value)
     if code is None:
         raise Unreadable(UNKNOWN, "the answer ends without a grpc-status")
-    if code == 0:
-        return GOOD
     return Status(code, text, metadata(trailers))
 
 

@@ -46,26 +46,35 @@ class Attempts:
     def __init__(self, budget: Budget, timeout_s: float) -> None:
         self._budget = budget
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self.deadline = time.monotonic() + timeout_s
+        """By `time.monotonic`."""
+        self._last: Exception | None = None
         self._count = 0
         self.tried: set[str] = set()
 
     def left_s(self) -> float:
         """Return the seconds that are left. Raises DeadlineExceeded if none."""
-        left = self._deadline - time.monotonic()
+        left = self.deadline - time.monotonic()
         if left <= 0:
-            raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s")
+            raise self.late()
         return left
+
+    def late(self) -> DeadlineExceeded:
+        """Return the error of a call that was not answered in time."""
+        public = f"no answer within {self._timeout_s:g} s"
+        before = f"; the attempt before failed: {self._last}" if self._last else ""
+        return DeadlineExceeded(public, public + before)
 
     def pause_s(self, error: Exception, address: str = "") -> float:
         """Return how long to wait before the next attempt, or raise `error`."""
         self._count += 1
+        self._last = error
         self.tried.add(address)
         pause: float = FIRST_PAUSE_S * 2**self._count * (0.5 + random.random() / 2)  # noqa: S311
         if (
             not isinstance(error, SAFE)
             or self._count >= MAX_ATTEMPTS
-            or time.monotonic() + pause >= self._deadline
+            or time.monotonic() + pause >= self.deadline
             or not self._budget.spend()
         ):
             raise error

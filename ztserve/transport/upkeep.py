@@ -17,7 +17,7 @@ from ztserve.transport import directory as door
 from ztserve.transport import protocol
 from ztserve.transport.loop.call import AwaitedCall
 from ztserve.transport.loop.channel import Channel
-from ztserve.transport.retry import Attempts
+from ztserve.transport.retry import Attempts, Budget
 from ztserve.transport.route import Route
 
 _LOG = logging.getLogger(__name__)
@@ -108,12 +108,11 @@ class Upkeep:
             route.replicas.keep_only(route.addresses)
         now = time.monotonic()
         for channel in route.replicas:
-            if renewed:
-                channel.rejudge()
-            channel.look(now)
+            _tend_channel(channel, now, news=news, renewed=renewed)
         self._note_known()
         if self._book is not None:
-            self._tend_book(self._book, renewed=renewed)
+            _tend_channel(self._book, now, news=news, renewed=renewed)
+            self._check_directory()
 
     def _note_known(self) -> None:
         if self._route.addresses:
@@ -121,10 +120,7 @@ class Upkeep:
         elif not isinstance(self._route.trouble, Denied | Unauthenticated):
             self._known.clear()
 
-    def _tend_book(self, book: Channel, *, renewed: bool) -> None:
-        if renewed:
-            book.rejudge()
-        book.look(time.monotonic())
+    def _check_directory(self) -> None:
         try:
             self._route.check_directory()
         except ZTServeError as error:
@@ -152,7 +148,7 @@ class Upkeep:
         self._watching = call = AwaitedCall(
             door.PATH,
             door.watch_request(route.target),
-            timeout_s=protocol.WATCH_S,
+            attempts=Attempts(Budget(), protocol.WATCH_S),
             server=route.directory_id,
             most=protocol.MAX_MESSAGE_BYTES,
         )
@@ -164,3 +160,11 @@ class Upkeep:
         finally:
             self._watching = None
             call.let_go()
+
+
+def _tend_channel(channel: Channel, now: float, *, news: bool, renewed: bool) -> None:
+    if news:
+        channel.rejudge()
+    if renewed:
+        channel.renew()
+    channel.look(now)

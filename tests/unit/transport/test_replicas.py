@@ -101,3 +101,13 @@ def test_no_attempt_outlasts_the_timeout() -> None:
         Attempts(Budget(), 0.001).pause_s(Unavailable("x"))
     with pytest.raises(DeadlineExceeded, match=r"no answer within 0 s"):
         Attempts(Budget(), 0).left_s()
+
+
+def test_who_waited_too_long_is_told_why_it_was_tried_again() -> None:
+    attempts = Attempts(Budget(), 5)
+    attempts.pause_s(Unavailable("x", "nobody at home"))
+    late = attempts.late()
+    assert late.public == "no answer within 5 s"
+    assert (
+        str(late) == "no answer within 5 s; the attempt before failed: nobody at home"
+    )

@@ -71,16 +71,17 @@ class Quarantine:
             entry = held.get(peer.id) or held[peer.serial]
             raise Unauthenticated(PUBLIC, _told(peer.id, entry))
 
-    def check_server(self, spiffe_id: str) -> None:
+    def check_server(self, spiffe_id: str, serial: int | None = None) -> None:
         """Raise Unavailable if the server `spiffe_id` may not be called.
 
-        By its ID alone: gRPC does not show a client the server's certificate.
+        `serial` is that of its certificate, where it has shown one.
         """
         held = self._held
         if held is None or time.monotonic() - self._looked > STALE_S:
             raise self._unusable()
-        if spiffe_id in held:
-            reason = _told(spiffe_id, held[spiffe_id])
+        entry = held.get(spiffe_id) or (None if serial is None else held.get(serial))
+        if entry is not None:
+            reason = _told(spiffe_id, entry)
             raise Unavailable(f"{spiffe_id} may not be called now", reason)
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:

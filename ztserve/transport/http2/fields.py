@@ -28,6 +28,7 @@ Fields: TypeAlias = tuple[tuple[bytes, bytes], ...]
 Block: TypeAlias = bytes
 """Fields as they are sent."""
 _Head = TypeVar("_Head", bound="Request | Response")
+_T = TypeVar("_T")
 
 MAX_UPDATES = 2
 """Updates of the table's size in one block (RFC 7541, section 4.2)."""
@@ -86,29 +87,38 @@ class FieldReader(Generic[_Head]):
         self._most = max_list_bytes
         self._decoder = Decoder(max_header_list_size=HARD * max_list_bytes)
         self._decoder.header_table = self._table = _Table()
-        self._known: dict[bytes, _Head] = {}
+        self._heads: dict[bytes, _Head] = {}
+        self._trailers: dict[bytes, Fields] = {}
 
     def head(self, block: bytes) -> _Head:
         """Return the head that `block` says. Raises StreamError, FatalError."""
-        known = self._known.get(block)
+        known = self._heads.get(block)
         if known is not None:
             return known
         listed = self._listed(block)
         self._check_size(block, listed)
         found: _Head = self._kind(listed)
-        if not self._table.changed:
-            if len(self._known) >= MAX_REMEMBERED:
-                self._known.clear()
-            self._known[block] = found
+        self._remember(self._heads, block, found)
         return found
 
     def trailers(self, block: bytes) -> Fields:
         """Return the trailers that `block` says; raises as `head` does."""
+        known = self._trailers.get(block)
+        if known is not None:
+            return known
         listed = self._listed(block)
         self._check_size(block, listed)
         for name, value in listed:
             _check(name, value)
-        return tuple(listed)
+        found = tuple(listed)
+        self._remember(self._trailers, block, found)
+        return found
+
+    def _remember(self, known: dict[bytes, _T], block: bytes, found: _T) -> None:
+        if not self._table.changed:
+            if len(known) >= MAX_REMEMBERED:
+                known.clear()
+            known[block] = found
 
     def _check_size(self, block: bytes, listed: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) + 32 for name, value in listed)
@@ -133,7 +143,8 @@ class FieldReader(Generic[_Head]):
             reason = "a header block that cannot be read"
             raise FatalError(Code.COMPRESSION_ERROR, reason) from error
         if self._table.changed:
-            self._known.clear()
+            self._heads.clear()
+            self._trailers.clear()
         return [(bytes(name), bytes(value)) for name, value in listed]
 
 

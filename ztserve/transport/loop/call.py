@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ztserve.errors import (
-    DeadlineExceeded,
     InferenceError,
     Interrupted,
     InvalidInput,
@@ -18,6 +17,7 @@ from ztserve.errors import (
 from ztserve.transport import messages, status
 from ztserve.transport.http2 import Fields, Response, encode
 from ztserve.transport.loop.carrier import guarded
+from ztserve.transport.retry import Attempts
 
 if TYPE_CHECKING:
     from ztserve.transport.loop.link import Link
@@ -39,7 +39,7 @@ class ClientCall(ABC):
         path: str,
         message: bytes,
         *,
-        timeout_s: float,
+        attempts: Attempts,
         server: str,
         post: Callable[..., object],
         metadata: tuple[tuple[str, str | bytes], ...] = (),
@@ -49,8 +49,7 @@ class ClientCall(ABC):
         self.body = messages.framed(message)
         self.metadata = encode(messages.fields_of(metadata)) if metadata else b""
         self.server = server
-        self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._attempts = attempts
         self.stream_id = 0
         self.link: Link | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -72,16 +71,17 @@ class ClientCall(ABC):
 
     def left_s(self) -> float:
         """Return the seconds until its deadline."""
-        return self._deadline - time.monotonic()
+        return self._attempts.deadline - time.monotonic()
 
     def expire(self) -> None:
         """End the call at its deadline."""
-        self.cancel(DeadlineExceeded(f"no answer within {self._timeout_s:g} s"))
+        self.cancel(self._attempts.late())
 
     def finish(self, error: ZTServeError | None) -> None:
         """Note how the call ended; what is told later changes nothing."""
         if self.over:
             return
+        self.pay()  # or the window of the whole connection would shrink
         self.over, self.error, self.link = True, error, None
         if self.timer is not None:
             self.timer.cancel()
@@ -125,7 +125,7 @@ class ClientCall(ABC):
     def pay(self) -> None:
         """Let the server send as much as was dealt with."""
         owed, self._owed = self._owed, 0
-        if self.link is not None:
+        if owed and self.link is not None:
             self.link.consumed(self.stream_id, owed)
 
     def cancel(self, error: ZTServeError) -> None:

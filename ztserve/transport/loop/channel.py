@@ -43,7 +43,7 @@ class Expected:
                 "another server", f"the server is {peer.id}, expected {self.server}"
             )
         if self._quarantine is not None:
-            self._quarantine.check_server(peer.id)
+            self._quarantine.check_server(peer.id, peer.serial)
 
     def judge(self, link: Link) -> None:
         """Raise CallError unless the server of a connection still holds."""
@@ -111,12 +111,12 @@ class Channel:
             self._dialling = self._loop.create_task(self._dial())
 
     def renew(self) -> None:
-        """Make a new connection, also if one is being made by what held before."""
+        """Show the server what we are now: by a new connection, for new calls."""
         self._again = self._dialling is not None
         self.dial()
 
     def rejudge(self) -> None:
-        """Judge the server by what holds now, and show it what we are now."""
+        """Break off soon where the server does not hold any more by what holds now."""
         for link in list(self._links):
             try:
                 if link.ready.done():
@@ -124,7 +124,6 @@ class Channel:
             except CallError:
                 self._part(link)
         self._next_s = 0.0
-        self.renew()
 
     def look(self, now: float) -> None:
         """See to what has a time."""

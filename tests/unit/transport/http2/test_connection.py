@@ -798,13 +798,36 @@ def test_s10_5a_blocks_that_are_remembered_are_bounded_and_end_with_the_table():
         fields = encode((*REQUEST, (b"x", b"%d" % n)))
         server.receive(headers(2 * n + 1, block=fields, end=True))
         server.headers(2 * n + 1, ANSWER, end=True)
-    assert 0 < len(server._reader._known) <= 64
+    assert 0 < len(server._reader._heads) <= 64
     from hpack import Encoder
 
     raw = headers(1001, block=Encoder().encode((*REQUEST, (b"new", b"entry"))))
     (event,) = server.receive(raw)
     assert event.head.fields[-1] == (b"new", b"entry")
-    assert server._reader._known == {}
+    assert server._reader._heads == {}
+
+
+def test_s10_5a_trailers_that_are_remembered_are_bounded_and_end_with_the_table():
+    client = dialled()
+    block = b"\x40\x01x\x01a"  # x: a, added to the table
+    for n in range(100):
+        stream = client.request(OPEN)
+        client.receive(headers(stream, block=ANSWER))
+        trailers = encode(((b"y", b"%d" % n),))
+        client.receive(headers(stream, block=trailers, end=True))
+    known = client._reader._trailers
+    assert 0 < len(known) <= 64
+    stream = client.request(OPEN)
+    client.receive(headers(stream, block=ANSWER))
+    client.receive(headers(stream, block=block, end=True))
+    assert known == {}
+    means = []
+    for added in (b"", b"\x40\x01x\x01b"):
+        stream = client.request(OPEN)
+        client.receive(headers(stream, block=ANSWER + added))
+        (event,) = client.receive(headers(stream, block=b"\xbe", end=True))
+        means.append(event.head)
+    assert means == [((b"x", b"a"),), ((b"x", b"b"),)]
 
 
 def test_the_same_bytes_mean_what_the_table_says_now():
