@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import ztserve
 from ztserve.errors import InferenceError, InvalidInput, NotFound, Withheld
 from ztserve.transport import codec, status
+from ztserve.transport.v1 import health_pb2
 from ztserve.transport.v1 import inference_pb2 as pb
 from ztserve.types import (
     Call,
@@ -19,6 +20,9 @@ from ztserve.types import (
 )
 
 SERVICE = "/inference.GRPCInferenceService/"
+HEALTH = "/grpc.health.v1.Health/Check"
+_CHECKED = ("", SERVICE.strip("/"))
+"""What may be asked of `HEALTH`: the whole server, or what it serves; they are one."""
 
 Read: TypeAlias = Callable[[], bytes]
 """Reads the one message of a call, bounded in bytes and time."""
@@ -85,6 +89,7 @@ def inference_methods(
         Method(
             SERVICE + "ModelStreamInfer", named["ModelStreamInfer"], stream=door.stream
         ),
+        Method(HEALTH, named["ServerReady"], answer=door.health),
     )
 
 
@@ -143,6 +148,15 @@ class _Inference:
         about = self._service.describe(call)
         codec.parse(pb.ServerReadyRequest, read())
         return pb.ServerReadyResponse(ready=about.ready).SerializeToString()
+
+    def health(self, call: Call, read: Read) -> bytes:
+        about = self._service.describe(call)
+        asked = codec.parse(health_pb2.HealthCheckRequest, read())
+        if asked.service not in _CHECKED:
+            raise NotFound(f"service {asked.service!r:.200} is not served here")
+        said = health_pb2.HealthCheckResponse
+        status = said.SERVING if about.ready else said.NOT_SERVING
+        return said(status=status).SerializeToString()
 
     def model_ready(self, call: Call, read: Read) -> bytes:
         about = self._service.describe(call)

@@ -50,7 +50,7 @@ class Rpc:
 
     def sending(self) -> None:
         """Bound the time that the caller takes to accept a piece of the answer."""
-        self.due = time.monotonic() + self._limits.stream_idle_s
+        self._wait(self._limits.stream_idle_s)
 
     def cancel(self) -> None:
         """End the call from another thread, if it has not ended by itself."""
@@ -60,15 +60,19 @@ class Rpc:
 
     def running(self) -> None:
         """Bound the call by its own deadline."""
-        self.due = self.deadline + GRACE_S
+        self._wait(float("inf"))
 
     def end(self) -> None:
         """Let go of gRPC's part of the call."""
         self._messages = iter(())
         self._context = None
 
+    def _wait(self, patience_s: float) -> None:
+        # A caller that is gone need not have said so: its deadline holds meanwhile.
+        self.due = min(time.monotonic() + patience_s, self.deadline + GRACE_S)
+
     def _next(self, patience_s: float, complaint: str) -> bytes | None:
-        self.due = time.monotonic() + patience_s
+        self._wait(patience_s)
         try:
             message = next(self._messages, None)
             cut = message is None and self._was_cut()
@@ -76,6 +80,8 @@ class Rpc:
             message, cut = None, True
         most = self._limits.max_message_bytes
         if cut:
+            if time.monotonic() >= self.deadline:
+                raise DeadlineExceeded("the deadline passed before the message came")
             if time.monotonic() >= self.due:
                 raise DeadlineExceeded(f"{complaint} {patience_s:g} s")
             raise Cancelled(
@@ -92,8 +98,10 @@ class Rpc:
     def _was_cut(self) -> bool:
         """Return whether there is no message because the call ended early.
 
-        gRPC tells of that an instant after the missing message.
+        grpcio tells of that an instant after the missing message; ours raises instead.
         """
+        if getattr(self._context, "raises_when_cut", False):
+            return False
         until = time.monotonic() + CUT_S
         while self._context is not None and self._context.is_active():
             if time.monotonic() >= until:

@@ -69,6 +69,8 @@ class Operation:
 
 
 _GRPC = "/inference.GRPCInferenceService/"
+_HEALTH = "/grpc.health.v1.Health/Check"
+"""gRPC's own way to ask for readiness: one more name of the same operation."""
 
 
 def operations(model: str) -> Mapping[str, Operation]:
@@ -77,7 +79,7 @@ def operations(model: str) -> Mapping[str, Operation]:
         "ModelInfer": ("POST", ("/v1/predict", f"/v2/models/{model}/infer")),
         "ModelStreamInfer": ("POST", ("/v1/stream", f"/v2/models/{model}/stream")),
         "ServerLive": ("GET", ("/v2/health/live",)),
-        "ServerReady": ("GET", ("/v2/health/ready",)),
+        "ServerReady": ("GET", ("/v2/health/ready", _HEALTH)),
         "ModelReady": ("GET", (f"/v2/models/{model}/ready",)),
         "ServerMetadata": ("GET", ("/v2",)),
         "ModelMetadata": ("GET", (f"/v2/models/{model}",)),

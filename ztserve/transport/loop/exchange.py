@@ -34,6 +34,9 @@ class Exchange:
     messages and says how the call ends.
     """
 
+    raises_when_cut = True
+    """`messages` tells by Cut that the call ended early, not by ending."""
+
     def __init__(
         self, wire: "Wire", stream_id: int, request: Request, most: int
     ) -> None:
@@ -94,6 +97,7 @@ class Exchange:
         with self._ready:
             self._cut = self._over = True
             self._ready.notify()
+        self._pay()
 
     def sent(self, size: int, unsent: int) -> None:
         """Note that `size` bytes went to the stream, of which `unsent` wait there."""
@@ -191,5 +195,9 @@ class Exchange:
         return self._over or (self._posted < MAX_UNSENT_BYTES and not self._full)
 
     def finish(self) -> None:
-        """Let go of the call: it has ended."""
+        """Let go of the call: it has ended; on the loop.
+
+        What it still owes is the connection's: unpaid, later calls would wait for it.
+        """
         self._over = True
+        self._pay()
