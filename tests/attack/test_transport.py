@@ -717,7 +717,7 @@ def delegating(authority):
 
 
 def test_a_forged_caller_of_a_peer_that_is_no_delegate_is_dropped(delegating) -> None:
-    header = callers.written(ADA, audience=SERVER)
+    header = callers.written(ADA, audience=SERVER, request=message())
     assert attempt(delegating, GATEWAY, header) is None
     assert attempt(delegating, CLI, header) is None
     believed, dropped = delegating.service.calls
@@ -730,7 +730,9 @@ def test_a_forged_caller_of_a_peer_that_is_no_delegate_is_dropped(delegating) ->
 
 def test_a_caller_header_replayed_to_another_callee_is_refused(delegating) -> None:
     other = f"spiffe://{DOMAIN}/ns/ml-inference/sa/other"
-    error = attempt(delegating, GATEWAY, callers.written(ADA, audience=other))
+    error = attempt(
+        delegating, GATEWAY, callers.written(ADA, audience=other, request=message())
+    )
     assert refused(error) == (
         Code.UNAUTHENTICATED,
         "the caller header does not hold",
@@ -742,18 +744,34 @@ def test_a_caller_header_replayed_to_another_callee_is_refused(delegating) -> No
     assert delegating.service.calls == []
 
 
+def test_a_caller_header_replayed_with_another_request_is_refused(
+    delegating, monkeypatch
+) -> None:
+    header = callers.written(ADA, audience=SERVER, request=message(t="her own"))
+    error = attempt(delegating, GATEWAY, header)
+    assert refused(error)[:2] == (
+        Code.UNAUTHENTICATED,
+        "the caller header does not hold",
+    )
+    [outcome] = delegating.service.outcomes
+    assert "it was made for another request" in outcome.reason
+    monkeypatch.setattr(callers, "check_request", lambda *_: None)
+    assert attempt(delegating, GATEWAY, header) is None
+    assert delegating.service.calls[-1].caller.subject == "ada"
+
+
 def test_an_old_caller_header_is_refused(delegating, monkeypatch) -> None:
     monkeypatch.setattr(callers, "LIFETIME_S", -1.0)
-    stale = callers.written(ADA, audience=SERVER)
+    stale = callers.written(ADA, audience=SERVER, request=message())
     monkeypatch.setattr(callers, "LIFETIME_S", 3600.0)
-    lasting = callers.written(ADA, audience=SERVER)
+    lasting = callers.written(ADA, audience=SERVER, request=message())
     for header in stale, lasting:
         assert attempt(delegating, GATEWAY, header).code() is Code.UNAUTHENTICATED
     assert delegating.service.calls == []
 
 
 def test_two_caller_headers_or_nonsense_are_refused(delegating) -> None:
-    header = callers.written(ADA, audience=SERVER)
+    header = callers.written(ADA, audience=SERVER, request=message())
     for headers in (header, header), (b"{}",), (b"",), (b"\xff" * 5000,):
         assert attempt(delegating, GATEWAY, *headers).code() is Code.UNAUTHENTICATED
     assert delegating.service.calls == []

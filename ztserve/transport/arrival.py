@@ -81,28 +81,33 @@ class Reception:
         operation: Operation,
         longest_s: float,
         cancelled: Cancelled,
-    ) -> Call:
+    ) -> tuple[Call, str | None]:
         """Return the Call that has just arrived from the verified `peer`.
 
-        Its deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
+        And what `callers.check_request` needs where the peer asserts a caller. Its
+        deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
         where a delegate's caller header or the peer's own token does not hold,
         InvalidInput where there is too much metadata.
         """
         headers = _NO_HEADERS
         caller: Caller | None = None
+        bound: str | None = None
         notes: tuple[str, ...] = ()
         metadata = context.invocation_metadata()
         if metadata:
             headers, asserted = sorted_out(metadata, self._max_metadata_bytes)
             if asserted:
-                caller, notes = self._caller(asserted, peer)
+                if peer.id in self._delegates:
+                    caller, bound = self._caller(asserted, peer)
+                else:
+                    notes = (DROPPED,)
         if self._proof is not None:
             shown = dict(headers)
             self._proof.check(shown.pop("authorization", None), peer)
             headers = MappingProxyType(shown)
         source_ip, source_port = source(context.peer())
         remaining_s = context.time_remaining()
-        return Call(
+        call = Call(
             id=new_id(),
             peer=peer,
             caller=caller,
@@ -116,6 +121,7 @@ class Reception:
             notes=notes,
             cancelled=cancelled,
         )
+        return call, bound
 
     def again(self, call: Call, facts: Facts) -> Call:
         """Return the Call of a stream's next message: same words, judged anew.
@@ -124,15 +130,11 @@ class Reception:
         """
         return replace(call, id=new_id(), peer=self._credentials.peer(facts))
 
-    def _caller(
-        self, asserted: list[bytes], peer: Peer
-    ) -> tuple[Caller | None, tuple[str, ...]]:
-        if peer.id not in self._delegates:
-            return None, (DROPPED,)
+    def _caller(self, asserted: list[bytes], peer: Peer) -> tuple[Caller, str]:
         if len(asserted) > 1:
             raise Unauthenticated(callers.PUBLIC, f"{len(asserted)} caller headers")
         ours = self._credentials.id
-        return callers.read(asserted[0], audience=ours, peer=peer), ()
+        return callers.read(asserted[0], audience=ours, peer=peer)
 
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})

@@ -121,7 +121,7 @@ class AsyncClient:
     ) -> AsyncIterator[tuple[Tensor, ...]]:
         """Yield the answer to a request that is made already, piece by piece."""
         message = values.message(request)
-        headers = await self._headers(caller)
+        headers = await self._headers(caller, message)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
             channel = await self._channel(attempts)
@@ -184,12 +184,14 @@ class AsyncClient:
                 self._datatypes = NONE
         return self._datatypes
 
-    async def _headers(self, caller: Caller | None) -> protocol.Headers:
+    async def _headers(self, caller: Caller | None, message: bytes) -> protocol.Headers:
         server, tokens = self._route.server, self._tokens
         if tokens is None or tokens.is_held(server):
-            return protocol.headers(caller, server, tokens)
+            return protocol.headers(caller, server, message, tokens)
         # The agent is asked, which takes a while.
-        return await asyncio.to_thread(protocol.headers, caller, server, tokens)
+        return await asyncio.to_thread(
+            protocol.headers, caller, server, message, tokens
+        )
 
     async def _unary(
         self,
@@ -198,7 +200,7 @@ class AsyncClient:
         timeout_s: float | None,
         caller: Caller | None = None,
     ) -> bytes:
-        headers = await self._headers(caller)
+        headers = await self._headers(caller, message)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
             channel = await self._channel(attempts)

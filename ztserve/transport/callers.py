@@ -1,12 +1,14 @@
 """The end user behind a call, as one hop tells the next: the header `zt-caller-bin`.
 
-UTF-8 JSON of at most 4 KiB: ``aud`` (the callee's SPIFFE ID), ``id`` (the call that
-it was made for), ``exp`` (seconds since the epoch, at most 30 s ahead), and the
-caller's ``iss``, ``sub``, ``claims`` and ``proof``. It is as good as the peer that
-sends it: a server reads it only from peers that its policy names as delegates.
+UTF-8 JSON of at most 4 KiB: ``aud`` (the callee's SPIFFE ID), ``req`` (the SHA-256 of
+the request, a stream's first message, in hex), ``exp`` (seconds since the epoch, at
+most 30 s ahead), and the caller's ``iss``, ``sub``, ``claims`` and ``proof``. It is as
+good as the peer that sends it: a server reads it only from peers that its policy names
+as delegates.
 """
 
 import json
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
@@ -20,19 +22,19 @@ MAX_AHEAD_S = 30.0
 LIFETIME_S = 20.0
 """How long our own headers hold; the rest is for clocks that differ."""
 MAX_TEXT = 1024
-_FIELDS = {"aud", "id", "exp", "iss", "sub", "claims", "proof"}
+_FIELDS = {"aud", "req", "exp", "iss", "sub", "claims", "proof"}
 PUBLIC = "the caller header does not hold"
 
 
-def written(caller: Caller, *, audience: str, call_id: str = "") -> bytes:
-    """Return the header that asserts `caller` to the server `audience`.
+def written(caller: Caller, *, audience: str, request: bytes) -> bytes:
+    """Return the header that asserts `caller` to `audience`, for this one request.
 
     Raises ConfigError where the caller does not fit into a header.
     """
     header = json.dumps(
         {
             "aud": audience,
-            "id": call_id,
+            "req": sha256(request).hexdigest(),
             "exp": types.now().timestamp() + LIFETIME_S,
             "iss": caller.issuer,
             "sub": caller.subject,
@@ -49,9 +51,10 @@ def written(caller: Caller, *, audience: str, call_id: str = "") -> bytes:
     return header
 
 
-def read(header: bytes, *, audience: str, peer: Peer) -> Caller:
+def read(header: bytes, *, audience: str, peer: Peer) -> tuple[Caller, str]:
     """Return the caller that the delegate `peer` asserts to us, `audience`.
 
+    And what `check_request` needs, once the request has been read.
     Raises Unauthenticated where the header is malformed, for another server, or out
     of its time: a delegate that sends such a one is refused, not half believed.
     """
@@ -67,7 +70,13 @@ def read(header: bytes, *, audience: str, peer: Peer) -> Caller:
         )
     proof = f"{fields['proof']}, asserted by {peer.id}"
     claims = MappingProxyType(fields["claims"])
-    return Caller(fields["iss"], fields["sub"], claims, proof)
+    return Caller(fields["iss"], fields["sub"], claims, proof), fields["req"]
+
+
+def check_request(bound: str, request: bytes, peer: Peer) -> None:
+    """Raise Unauthenticated unless the header was made for this request."""
+    if sha256(request).hexdigest() != bound:
+        raise _refused("it was made for another request", peer)
 
 
 def _parsed(header: bytes) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def _parsed(header: bytes) -> dict[str, Any]:
         raise _refused(f"it is not JSON: {error!r:.200}") from None
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         raise _refused(f"expected an object of just {', '.join(sorted(_FIELDS))}")
-    for name in ("aud", "id", "iss", "sub", "proof"):
+    for name in ("aud", "req", "iss", "sub", "proof"):
         if not isinstance(fields[name], str) or len(fields[name]) > MAX_TEXT:
             raise _refused(f"{name} must be a text of at most {MAX_TEXT} characters")
     if type(fields["exp"]) not in (int, float):

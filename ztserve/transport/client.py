@@ -143,7 +143,7 @@ class Client:
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the answer to a request that is made already, piece by piece."""
         message = values.message(request)
-        headers = protocol.headers(caller, self.server_id, self._tokens)
+        headers = protocol.headers(caller, self.server_id, message, self._tokens)
         attempts = Attempts(self._budget, timeout_s or protocol.STREAM_TIMEOUT_S)
         while True:
             channel = self._channel(attempts)
@@ -207,7 +207,7 @@ class Client:
         timeout_s: float | None,
         caller: Caller | None = None,
     ) -> bytes:
-        headers = protocol.headers(caller, self.server_id, self._tokens)
+        headers = protocol.headers(caller, self.server_id, message, self._tokens)
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
             channel = self._channel(attempts)

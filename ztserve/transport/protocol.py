@@ -76,7 +76,7 @@ class Metadata:
 
 
 def headers(
-    caller: Caller | None, server: str, tokens: JwtSource | None = None
+    caller: Caller | None, server: str, message: bytes, tokens: JwtSource | None = None
 ) -> Headers:
     """Return the metadata of a call on behalf of `caller`, with a token of ours.
 
@@ -84,7 +84,8 @@ def headers(
     """
     found: list[tuple[str, str | bytes]] = []
     if caller is not None:
-        found.append((callers.HEADER, callers.written(caller, audience=server)))
+        header = callers.written(caller, audience=server, request=message)
+        found.append((callers.HEADER, header))
     if tokens is not None:
         found.append((AUTHORIZATION, tokens.fetch(server).authorization))
     return tuple(found)

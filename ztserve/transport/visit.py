@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 import grpc
 
 from ztserve.errors import CallError, InvalidInput, ZTServeError
-from ztserve.transport import status
+from ztserve.transport import callers, status
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Cancelled, Reception, Refusal, new_id, source
 from ztserve.transport.credentials import Facts, ServerCredentials
@@ -107,6 +107,7 @@ class _Visit:
 
     __slots__ = (
         "_admitted",
+        "_bound",
         "_cancelled",
         "_desk",
         "_messages",
@@ -129,6 +130,8 @@ class _Visit:
         self._desk = desk
         self._method = method
         self._admitted = False
+        self._bound: str | None = None
+        """The request for which the peer asserts its caller."""
         self._cancelled = Cancelled(context)
         self._messages = 1
         self.rpc = Rpc(messages, context, desk.limits)
@@ -157,7 +160,7 @@ class _Visit:
         self.peer = peer
         desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
         self._admitted = True
-        self.call = desk.reception.call(
+        self.call, self._bound = desk.reception.call(
             context, peer, method.operation, longest_s, self._cancelled
         )
         self.rpc.deadline = self.call.deadline
@@ -166,7 +169,10 @@ class _Visit:
 
     def read(self) -> bytes:
         """Return the call's one message, or the first one of a stream."""
-        return self.rpc.read()
+        message = self.rpc.read()
+        if self._bound is not None:
+            callers.check_request(self._bound, message, self.call.peer)
+        return message
 
     def more(self) -> tuple[Call, bytes] | None:
         """Return a stream's next message and its Call, the peer judged anew."""

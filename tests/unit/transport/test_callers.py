@@ -15,18 +15,22 @@ CALLER = Caller("https://issuer", "ada", {"role": "doctor"}, "x509-svid")
 
 
 def header(**wrong) -> bytes:
-    fields = json.loads(callers.written(CALLER, audience=AUD, call_id="c"))
+    fields = json.loads(callers.written(CALLER, audience=AUD, request=b"r"))
     return json.dumps({**fields, **wrong}).encode()
 
 
 def test_a_caller_arrives_as_asserted_by_the_peer() -> None:
-    got = callers.read(callers.written(CALLER, audience=AUD), audience=AUD, peer=PEER)
+    written = callers.written(CALLER, audience=AUD, request=b"r")
+    got, bound = callers.read(written, audience=AUD, peer=PEER)
     assert (got.issuer, got.subject, dict(got.claims)) == (
         "https://issuer",
         "ada",
         {"role": "doctor"},
     )
     assert got.proof == "x509-svid, asserted by spiffe://td/gateway"
+    callers.check_request(bound, b"r", PEER)
+    with pytest.raises(Unauthenticated, match="made for another request"):
+        callers.check_request(bound, b"s", PEER)
 
 
 @pytest.mark.parametrize(
@@ -79,4 +83,4 @@ def test_any_bytes_are_a_caller_or_unauthenticated(raw: bytes) -> None:
 def test_a_caller_with_too_many_claims_is_refused_before_it_is_sent() -> None:
     caller = Caller("i", "s", {"c": "x" * 5000})
     with pytest.raises(ConfigError, match="select fewer claims"):
-        callers.written(caller, audience=AUD)
+        callers.written(caller, audience=AUD, request=b"r")

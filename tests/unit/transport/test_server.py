@@ -81,7 +81,7 @@ def test_the_deadline_is_bounded_for_those_who_give_none(authority) -> None:
 
 def test_a_delegates_word_about_its_caller_is_taken(authority) -> None:
     ada = Caller("https://issuer", "ada", {"role": "doctor"}, "jwt")
-    header = callers.written(ada, audience=SERVER)
+    header = callers.written(ada, audience=SERVER, request=message())
     with (
         serving(authority, delegates=[GATEWAY]) as served,
         served.channel(authority.issue(GATEWAY)) as channel,
