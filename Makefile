@@ -36,7 +36,7 @@ bench: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt -e ".[serve,text,gateway,examples,dev]"
+	$(PY) -m pip install -q -c constraints.txt -e ".[serve,text,examples,dev]"
 	touch $(STAMP)
 
 clean:

@@ -45,10 +45,9 @@ def serve() -> None:
     """Serve on both; print addresses and what a client needs, until the input ends."""
     from ztserve import transport
     from ztserve.testing import ThrowAwayAuthority
-    from ztserve.transport.loop import LoopServer
 
     known = ThrowAwayAuthority(DOMAIN)
-    server = LoopServer(
+    server = transport.Server(
         transport.inference_methods(Echo(), "echo"), source=known.source(SERVER)
     )
     _, port = server.start("127.0.0.1")

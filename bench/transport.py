@@ -72,10 +72,10 @@ def serve(name: str, folder: Path) -> None:
     from ztserve import transport
     from ztserve.testing import ThrowAwayAuthority
     from ztserve.transport import values
-    from ztserve.transport.loop import LoopServer
+    from ztserve.transport.server import GrpcServer
 
     authority = ThrowAwayAuthority(DOMAIN)
-    engine = {"grpcio": transport.Server, "loop": LoopServer}[name]
+    engine = {"grpcio": GrpcServer, "loop": transport.Server}[name]
     server = engine(
         transport.inference_methods(Echo(), "echo"), source=authority.source(SERVER)
     )

@@ -133,10 +133,16 @@ def _recorded(settings: config.Settings, before: dict[Path, int], what: str) -> 
     while time.monotonic() < until:
         for path in _logs(settings):
             for record in audit.read(path):
-                if record["seq"] > _seen(path, before) and what in json.dumps(record):
+                if record["seq"] > _seen(path, before) and _names(record, what):
                     return _summary(record)
         time.sleep(0.2)
     return ""
+
+
+def _names(record: dict[str, Any], what: str) -> bool:
+    """Tell whether a record says `what`; of a handshake it must say by whom, too."""
+    known = record.get("status_code") != "handshake" or record["src_endpoint"]["ip"]
+    return bool(known) and what in json.dumps(record)
 
 
 def _seen(path: Path, before: dict[Path, int]) -> int:
@@ -150,6 +156,8 @@ def _summary(record: dict[str, Any]) -> str:
     """Say in a line what a record says."""
     unmapped = record.get("unmapped", {})
     who = record.get("actor", {}).get("user", {}).get("uid", "").partition("/ns/")[2]
+    if record.get("status_code") == "handshake":  # nobody who is known by name
+        who = record["src_endpoint"]["ip"]
     facts = [
         record.get("activity_name"),
         who,

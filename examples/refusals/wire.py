@@ -105,7 +105,8 @@ def _knock(door: Door, tls: ssl.SSLContext | None) -> str:
     except ConnectionRefusedError:
         raise
     except ssl.SSLError as error:
-        return f"TLS alert: {(error.reason or 'none').removeprefix('TLSV13_ALERT_')}"
+        # OpenSSL's words: TLSV13_ALERT_CERTIFICATE_REQUIRED, TLSV1_ALERT_INTERNAL_ERROR
+        return f"TLS alert: {(error.reason or 'none').rpartition('ALERT_')[2]}"
     except ConnectionError:
         return "connection reset"
     if len(answer) > 3 and answer[3] == _SETTINGS:

@@ -53,6 +53,7 @@ from ztserve.identity.quarantine import entry as quarantine_entry
 from ztserve.identity.quarantine import file as quarantine_file
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client
+from ztserve.transport.loop.wire import Wire
 from ztserve.transport.visit import _Visit
 
 ROOT = Path(__file__).parents[2]
@@ -110,22 +111,55 @@ def test_a_quarantined_principal_is_refused_audited_and_served_nothing(
     log = Log(tmp_path / "audit" / "log.jsonl", origin={"service": "echo"})
     with (
         log,
-        serving(authority, quarantine=quarantine) as served,
-        served.channel(authority.issue(THIEF)) as thief,
+        serving(
+            authority,
+            quarantine=quarantine,
+            on_handshake_refused=log.refused_handshakes,
+        ) as served,
         served.channel(authority.issue(GATEWAY)) as honest,
     ):
         for _ in range(3):
-            assert not gets_in(thief)
-        assert served.service.calls == []
-        for refusal in served.refusals:
-            record_refusal(log, refusal)
+            with served.channel(authority.issue(THIEF)) as thief:
+                assert not gets_in(thief)
         assert gets_in(honest)
+        assert [call.peer.id for call in served.service.calls] == [GATEWAY]
     lines = list(audit.read(tmp_path / "audit" / "log.jsonl"))[1:]
-    assert len(lines) == 3
+    assert sum(line["count"] for line in lines) == 3
     for line in lines:
-        assert (line["status"], line["status_code"]) == ("refused", "Unauthenticated")
+        assert (line["status"], line["status_code"]) == ("refused", "handshake")
         assert f"{THIEF} is in quarantine since" in line["status_detail"]
         assert line["status_detail"].endswith(": stolen")
+        assert line["src_endpoint"] == {"ip": "127.0.0.1"}
+
+
+def test_who_is_connected_already_is_told_by_name_and_then_cut_off(
+    authority, quarantine, path, tmp_path
+) -> None:
+    log = Log(tmp_path / "audit" / "log.jsonl", origin={"service": "echo"})
+    with (
+        log,
+        serving(
+            authority,
+            quarantine=quarantine,
+            on_handshake_refused=log.refused_handshakes,
+        ) as served,
+        served.channel(authority.issue(THIEF)) as thief,
+    ):
+        assert gets_in(thief)
+        shut_out(path, THIEF)
+        assert soon(lambda: not gets_in(thief))
+        began, calls = time.monotonic(), len(served.service.calls)
+        assert soon(lambda: not served.server._house.wires)
+        assert time.monotonic() - began < 2.5
+        assert not gets_in(thief)
+        assert len(served.service.calls) == calls
+        for refusal in served.refusals:
+            record_refusal(log, refusal)
+    lines = list(audit.read(tmp_path / "audit" / "log.jsonl"))[1:]
+    found = {(line["status"], line["status_code"]) for line in lines}
+    assert found == {("refused", "Unauthenticated"), ("refused", "handshake")}
+    for line in lines:
+        assert f"{THIEF} is in quarantine since" in line["status_detail"]
 
 
 def test_without_the_list_the_thief_is_served_until_the_svid_expires(
@@ -183,6 +217,10 @@ def test_a_stream_that_was_open_ends_within_a_second(
         quarantine_file.remove(path, THIEF, by="me", on_event=lambda *_: None)
         assert soon(lambda: not quarantine._held)
         monkeypatch.setattr(_Visit, "still", lambda _: None)
+        assert 1 < lasts_s() < 2.5  # its connection is cut all the same
+        quarantine_file.remove(path, THIEF, by="me", on_event=lambda *_: None)
+        assert soon(lambda: not quarantine._held)
+        monkeypatch.setattr(Wire, "judge", lambda _: None)
         assert lasts_s() > 2
 
 

@@ -41,34 +41,18 @@ from ztserve.errors import Unauthenticated, Unavailable
 from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client, Limits, Server, callers
-from ztserve.transport.loop import LoopServer
+from ztserve.transport.server import GrpcServer
 from ztserve.types import Caller
 
 ROOT = Path(__file__).parents[2]
 Code = grpc.StatusCode
+BY = {GrpcServer: Code.UNAUTHENTICATED, Server: Code.UNAVAILABLE}
+"""How a peer without an identity is refused: at its call, or in the handshake."""
 
 
-BY_CALL = {
-    "test_a_federated_authority_cannot_mint_our_ids",
-    "test_a_certificate_that_is_no_svid_is_refused",
-    "test_tls_1_2_is_refused",
-    "test_a_resumed_session_is_refused",
-    "test_a_metadata_bomb_reaches_no_room",
-}
-"""What gRPC lets through its handshake, and we refuse at the call. Of the loop's server
-nothing of it comes so far: tests/unit/transport/test_tls.py and http2 show that."""
-
-
-def pytest_generate_tests(metafunc) -> None:
-    engines = {"grpcio": Server, "loop": LoopServer}
-    if metafunc.function.__name__ in BY_CALL:
-        del engines["loop"]
-    metafunc.parametrize("engine", engines.values(), ids=list(engines), indirect=True)
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, params=[GrpcServer, Server], ids=["grpcio", "loop"])
 def engine(request, monkeypatch) -> type:
-    """Each implementation of the server, in the place of the one that ships."""
+    """The server that ships, and grpcio's in its place."""
     monkeypatch.setattr(support, "Server", request.param)
     return request.param
 
@@ -82,6 +66,30 @@ def authority() -> ThrowAwayAuthority:
 def served(authority):
     with serving(authority) as one:
         yield one
+
+
+@contextlib.contextmanager
+def turning_away(engine, authority, reason: str, **more):
+    """Serve, and check that one peer was refused for `reason`, without a call.
+
+    grpcio's server lets it finish the handshake, and ours does not.
+    """
+    told: list[tuple[str, int, str]] = []
+    if engine is Server:
+        more["on_handshake_refused"] = lambda *what: told.append(what)
+    with serving(authority, **more) as served:
+        yield served
+    assert served.service.calls == []
+    if engine is Server:
+        assert soon(lambda: told)
+        [(cause, _, address)] = told
+        assert served.refusals == []
+    else:
+        [refusal] = served.refusals
+        assert refusal.peer is None
+        cause, address = refusal.error.reason, refusal.source_ip
+    assert reason in cause
+    assert address == "127.0.0.1"
 
 
 def soon(fact, seconds: float = 5.0) -> bool:
@@ -281,7 +289,7 @@ def test_connections_are_limited(authority) -> None:
 # --- impostors --------------------------------------------------------------
 
 
-def test_a_federated_authority_cannot_mint_our_ids() -> None:
+def test_a_federated_authority_cannot_mint_our_ids(engine) -> None:
     ours, partner = ThrowAwayAuthority(DOMAIN), ThrowAwayAuthority("partner.example")
     impostor = partner.forge(GATEWAY, dns=())
     server, port = naive(ours, pem(ours.bundle + partner.bundle))
@@ -290,46 +298,38 @@ def test_a_federated_authority_cannot_mint_our_ids() -> None:
     server.stop(0)
     source = ours.source(SERVER, federated=partner.bundles)
     with (
-        serving(ours, source=source) as served,
+        turning_away(engine, ours, "no valid path", source=source) as served,
         served.channel(impostor) as caller,
         pytest.raises(grpc.RpcError) as caught,
     ):
         caller.unary_unary(INFER)(message(), timeout=5)
-    assert refused(caught.value) == (
-        Code.UNAUTHENTICATED,
-        "the peer's identity could not be verified",
-        "Unauthenticated",
-    )
-    assert served.service.calls == []
-    [refusal] = served.refusals
-    assert refusal.peer is None
-    assert "no valid path" in refusal.error.reason
-    assert refusal.source_ip == "127.0.0.1"
+    assert refused(caught.value)[0] is BY[engine]
 
 
 @pytest.mark.parametrize(
-    "flaws",
+    ("flaws", "reason"),
     [
-        {"ca": True},
-        {"uris": (CLI, GATEWAY)},
-        {"uris": ()},
-        {"key_usage": ("digital_signature", "key_cert_sign")},
+        ({"ca": True}, "leaf is a CA"),
+        ({"uris": (CLI, GATEWAY)}, "2 URI names"),
+        ({"uris": ()}, "the certificate has no SPIFFE ID"),
+        ({"key_usage": ("digital_signature", "key_cert_sign")}, "leaf has keyCertSign"),
     ],
 )
-def test_a_certificate_that_is_no_svid_is_refused(authority, flaws) -> None:
+def test_a_certificate_that_is_no_svid_is_refused(
+    engine, authority, flaws, reason
+) -> None:
     impostor = authority.forge(CLI, **flaws)
     server, port = naive(authority)
     with channel(port, impostor, authority) as caller:
         assert caller.unary_unary(INFER)(b"let in", timeout=5) == b"let in"
     server.stop(0)
     with (
-        serving(authority) as served,
+        turning_away(engine, authority, reason) as served,
         served.channel(impostor) as caller,
         pytest.raises(grpc.RpcError) as caught,
     ):
         caller.unary_unary(INFER)(message(), timeout=5)
-    assert caught.value.code() is Code.UNAUTHENTICATED
-    assert served.service.calls == []
+    assert refused(caught.value)[0] is BY[engine]
 
 
 @pytest.mark.slow
@@ -372,24 +372,32 @@ def test_a_federated_server_cannot_take_the_place_of_ours() -> None:
     assert len(served.service.calls) == 1
 
 
-def test_tls_1_2_is_refused(served: Served, attack) -> None:
-    raw = attack(served, maximum=ssl.TLSVersion.TLSv1_2)
-    assert raw.tls.version() == "TLSv1.2"  # gRPC's handshake lets it through
-    raw.send(head(1), body(message(), 1))
-    assert soon(lambda: served.refusals)
-    assert "not TLS 1.3" in served.refusals[0].error.reason
-    assert served.service.calls == []
+def test_tls_1_2_is_refused(engine, authority, attack) -> None:
+    reason = "TLS older than 1.3" if engine is Server else "not TLS 1.3"
+    with turning_away(engine, authority, reason) as served:
+        if engine is Server:
+            with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+                attack(served, maximum=ssl.TLSVersion.TLSv1_2)
+            return
+        raw = attack(served, maximum=ssl.TLSVersion.TLSv1_2)
+        assert raw.tls.version() == "TLSv1.2"  # gRPC's handshake lets it through
+        raw.send(head(1), body(message(), 1))
+        assert soon(lambda: served.refusals)
 
 
-def test_a_resumed_session_is_refused(served: Served, attack) -> None:
+def test_a_resumed_session_is_refused(engine, served: Served, attack) -> None:
     first = attack(served)
     first.send(head(1), body(message(), 1))
     assert soon(lambda: served.service.outcomes)
     first.tls.settimeout(0.5)
     first.tls.recv(65536)
     again = attack(served, context=first.context, session=first.tls.session)
-    assert again.tls.session_reused  # the server gave a ticket, and took it
     again.send(head(1), body(message(), 1))
+    if engine is Server:
+        assert not again.tls.session_reused  # the peer was judged in full
+        assert soon(lambda: len(served.service.calls) == 2)
+        return
+    assert again.tls.session_reused  # the server gave a ticket, and took it
     assert soon(lambda: served.refusals)
     assert "resumed" in served.refusals[0].error.reason
     assert len(served.service.calls) == 1
@@ -519,9 +527,9 @@ def watch():
     while True:
         peak[0] = max(peak[0], rss()); time.sleep(0.002)
 
-from ztserve.transport.loop import LoopServer
+from ztserve.transport.server import GrpcServer
 
-engines = {"Server": Server, "LoopServer": LoopServer}
+engines = {"Server": Server, "GrpcServer": GrpcServer}
 if sys.argv[1] in engines:
     served = engines[sys.argv[1]](
         inference_methods(Echo(denied=frozenset((CLI,))), "echo"),
@@ -628,13 +636,12 @@ def test_a_caller_that_takes_nothing_holds_its_place_for_the_limit_only(
 
 
 @pytest.mark.slow
-def test_a_metadata_bomb_reaches_no_room(served: Served, attack) -> None:
+def test_a_metadata_bomb_reaches_no_room(engine, served: Served, attack) -> None:
     metadata = (("a", "x" * 10_000), ("b", "x" * 10_000))
     with served.channel() as caller, pytest.raises(grpc.RpcError) as caught:
         caller.unary_unary(INFER)(message(), timeout=5, metadata=metadata)
     assert caught.value.code() is Code.RESOURCE_EXHAUSTED
     assert served.service.calls == []
-    # gRPC counts each frame for itself, so this one comes through to us.
     raw, field = attack(served), b"\x00\x01a" + length(15_000) + b"x" * 15_000
     raw.send(
         frame(HEADERS, 0, 1, head(1)[9:]),
@@ -642,6 +649,11 @@ def test_a_metadata_bomb_reaches_no_room(served: Served, attack) -> None:
         frame(CONTINUATION, 4, 1),
         body(message(), 1),
     )
+    if engine is Server:
+        assert raw.closes()
+        assert served.service.calls == served.refusals == []
+        return
+    # gRPC counts each frame for itself, so this one comes through to us.
     assert soon(lambda: served.refusals)
     assert "more than 16384 bytes of metadata" in served.refusals[0].error.public
     assert served.refusals[0].peer.id == CLI

@@ -1,5 +1,6 @@
 """Every attack of `examples.refusals` is refused, and would be told if it were not."""
 
+import time
 from concurrent import futures
 from pathlib import Path
 
@@ -32,8 +33,11 @@ spec:
 
 SAW = {
     wire.plain_tcp: ("connection closed", "not TLS"),
-    wire.no_certificate: ("connection closed", "no client certificate"),
-    wire.foreign_authority: ("connection closed", "certificate not trusted"),
+    wire.no_certificate: (
+        "TLS alert: CERTIFICATE_REQUIRED",
+        "no client certificate",
+    ),
+    wire.foreign_authority: ("TLS alert: INTERNAL_ERROR", "certificate not trusted"),
     wire.wrong_identity: ("Denied: this identity may not do this", "Denied"),
     wire.path_not_allowed: (
         "PERMISSION_DENIED: this identity may not do this",
@@ -89,6 +93,18 @@ def test_refused_calls_leave_a_record_with_the_error(served):
     calls = [r for r in served.records()[before:] if r["class_uid"] == 6003]
     assert [r["status_code"] for r in calls] == expected
     assert {r["status"] for r in calls} == {"refused"}
+
+
+def test_strangers_leave_a_record_with_cause_and_address(served):
+    last = served.records()[-1]["seq"]
+    causes = {attack(door_of(served)).audited for attack in wire.ALL[:3]}
+    found, until = [], time.monotonic() + 5
+    while {r["status_detail"].partition(":")[0] for r in found} != causes:
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+        found = [r for r in served.records() if r["seq"] > last]
+    assert {r["status_code"] for r in found} == {"handshake"}
+    assert {r["src_endpoint"]["ip"] for r in found} == {"127.0.0.1"}
 
 
 def test_what_a_stranger_claims_about_its_caller_is_dropped(served):

@@ -14,9 +14,8 @@ from grpc_tools import protoc
 from tests.unit.transport.support import CLI, SERVER, pem
 from ztserve.errors import CallError, InvalidInput
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import Limits, Method
+from ztserve.transport import Limits, Method, Server
 from ztserve.transport import status as statuses
-from ztserve.transport.loop import LoopServer as Server
 from ztserve.transport.methods import Exchange, Read
 from ztserve.types import Call, Operation
 

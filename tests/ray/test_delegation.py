@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -46,6 +47,20 @@ def records(shell, kind):
                 yield line
 
 
+def refused_handshake(shell):
+    """The cause and the address of the first one at a replica; told once a second."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        for path in (shell.project / ".ztserve/audit").glob(
+            "inference-service-*.jsonl"
+        ):
+            for line in map(json.loads, path.read_text().splitlines()):
+                if line.get("status_code") == "handshake":
+                    return line["status_detail"], line["src_endpoint"]["ip"]
+        time.sleep(0.1)
+    return None
+
+
 def test_replicas_get_what_spire_grants_to_their_deployment(shell, upstream):
     begun = shell.start(*ZTSERVE, "run", "examples.digits:app")
     begun.says("^serving; Ctrl-C stops it")
@@ -55,8 +70,9 @@ def test_replicas_get_what_spire_grants_to_their_deployment(shell, upstream):
     serial = f"serial {upstream.replica.serial:x}"
     assert serial in [line["what"] for line in issued if line["id"] == REPLICA]
     assert any("ray:deployment:Digits" in asked for asked in upstream.asked)
-    # An entry that SPIRE no longer has ends the replica's calls.
+    # A replica whose entry SPIRE no longer has takes no connections.
     upstream.remove(REPLICA)
-    said = shell.run(*ZTSERVE, "predict", "inference-service", "--example", code=2)
-    assert "this server has no valid identity now" in said
+    shell.run(*ZTSERVE, "predict", "inference-service", "--example", code=2)
+    why = "this server has no valid identity now"
+    assert refused_handshake(shell) == (why, "127.0.0.1")
     begun.kill()

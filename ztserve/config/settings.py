@@ -24,7 +24,7 @@ class Between(NamedTuple):
 Port: TypeAlias = Annotated[int, Between(0, 65535)]
 Count: TypeAlias = Annotated[int, Between(1, 1 << 20)]
 Calls: TypeAlias = Annotated[int, Between(1, 1024)]
-"""Calls at once: each holds a thread."""
+"""Calls at once: each may hold a thread."""
 Bytes: TypeAlias = Annotated[int, Between(1, 1 << 48)]
 MessageBytes: TypeAlias = Annotated[int, Between(1, 1 << 30)]
 """Of one message, which is held in memory."""

@@ -58,8 +58,6 @@ class Replica:
         source: this replica's own identity.
         name: names the replica in the audit.
         pin: given the resolved digest of a part, returns the one that this deploy uses.
-        whole_process: this process serves nothing else, so that the handshakes that it
-            refused are this replica's.
 
     """
 
@@ -71,13 +69,11 @@ class Replica:
         *,
         name: str,
         pin: Pin = lambda _part, digest: digest,
-        whole_process: bool = False,
     ) -> None:
         self.deployment = deployment
         self.plan = plan
         self.source = source
         self._pin = pin
-        self._whole_process = whole_process
         self._log = open_log(plan.settings, deployment.service, name, source)
         self.quarantine = open_quarantine(plan.settings)
         self.tokens = open_tokens(plan.settings, source)
@@ -226,9 +222,7 @@ class Replica:
             limits=limits(self.plan.settings),
             delegates=self.plan.settings.authorization.delegates,
             on_refused=lambda refusal: record_refusal(log, refusal),
-            on_handshake_refused=log.refused_handshakes
-            if self._whole_process
-            else None,
+            on_handshake_refused=log.refused_handshakes,
             quarantine=self.quarantine,
             proof=None
             if self.tokens is None

@@ -168,7 +168,6 @@ def _start(
         pin=lambda part, digest: member.pin(
             f"{plan.deploy}/{cls.service}/{part}", digest
         ),
-        whole_process=True,
     )
     replica.start(
         tuple(compose(value) for value in args),

@@ -14,11 +14,10 @@ from ztserve.transport.directory import (
     Endpoint,
     directory_methods,
 )
-from ztserve.transport.handshakes import watch_handshakes
 from ztserve.transport.limits import Limits
+from ztserve.transport.loop import Server
 from ztserve.transport.methods import Method, inference_methods
 from ztserve.transport.protocol import Metadata
-from ztserve.transport.server import Server
 from ztserve.transport.status import http_status
 
 __all__ = [
@@ -35,5 +34,4 @@ __all__ = [
     "directory_methods",
     "http_status",
     "inference_methods",
-    "watch_handshakes",
 ]

@@ -1,4 +1,4 @@
-"""A server's own identity, and its judgement of who is at the other end.
+"""The grpcio server's own identity, and its judgement of who is at the other end.
 
 gRPC keeps one pool of roots, so a federated authority could vouch for any ID in the
 handshake; it accepts TLS 1.2 and resumed sessions; and it judges a certificate once,

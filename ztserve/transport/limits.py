@@ -21,7 +21,7 @@ class Limits:
     max_streams_per_connection: int = 128
     """Calls at once on one connection; more wait at the client."""
     max_in_flight: int = 64
-    """Calls at once on this server; the next is Overloaded. One thread each."""
+    """Calls at once on this server; the next is Overloaded. At most a thread each."""
     max_in_flight_per_principal: int = 48
     """Calls at once of one SPIFFE ID."""
     handshake_s: float = 5.0
@@ -50,5 +50,5 @@ class Limits:
         if self.max_in_flight > 1024:
             raise ConfigError(
                 f"transport limit max_in_flight = {self.max_in_flight}: at most 1024, "
-                "because each call in flight holds a thread; add replicas instead"
+                "because each call in flight may hold a thread; add replicas instead"
             )

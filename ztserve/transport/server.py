@@ -1,4 +1,4 @@
-"""The mTLS gRPC server: one narrow door, behind which nothing knows gRPC.
+"""The mTLS gRPC server on grpcio: the oracle by which tests judge the one that ships.
 
 Every method is a stream handler, also where the call is unary on the wire: a unary
 handler would be given the whole message before it could say no.
@@ -33,8 +33,8 @@ SLACK_BYTES = 64 * 1024
 """Between our own limit on a message, which can be explained, and gRPC's."""
 
 
-class Server:
-    """Serves `methods` over mutual TLS 1.3 to verified callers.
+class GrpcServer:
+    """As `Server`, but for what gRPC's engine cannot do.
 
     Args:
         methods: what `inference_methods` or `directory_methods` gives.

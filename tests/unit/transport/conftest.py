@@ -8,7 +8,7 @@ from tests.unit.transport import support
 from tests.unit.transport.support import CLI, DOMAIN, SERVER, Served, serving
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client, Server
-from ztserve.transport.loop import LoopServer
+from ztserve.transport.server import GrpcServer
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def authority() -> ThrowAwayAuthority:
     return ThrowAwayAuthority(DOMAIN)
 
 
-@pytest.fixture(params=[Server, LoopServer], ids=["grpcio", "loop"])
+@pytest.fixture(params=[GrpcServer, Server], ids=["grpcio", "loop"])
 def engine(request, monkeypatch) -> type:
     """Each implementation of the server, in the place of the one that ships."""
     monkeypatch.setattr(support, "Server", request.param)

@@ -17,8 +17,12 @@ ROOT = Path(__file__).parents[3]
 PROLOGUE = """
 import os, socket, ssl, sys, time
 from tests.unit.transport.support import *
-from ztserve.transport import watch_handshakes
+from tests.unit.transport import support
+from ztserve.transport.handshakes import watch_handshakes
+from ztserve.transport.server import GrpcServer
 from ztserve.testing import ThrowAwayAuthority
+
+support.Server = GrpcServer
 
 authority, seen = ThrowAwayAuthority(DOMAIN), []
 

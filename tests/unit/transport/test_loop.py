@@ -1,5 +1,6 @@
-"""What only the server on a loop of its own does."""
+"""What the server does that grpcio's cannot, or does otherwise."""
 
+import logging
 import socket
 import ssl
 import tempfile
@@ -24,16 +25,11 @@ from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Limits
 from ztserve.transport.http2 import frames
-from ztserve.transport.loop import LoopServer, carrier
+from ztserve.transport.loop import carrier
 from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
 
 Code = grpc.StatusCode
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def loop(monkeypatch):
-    monkeypatch.setattr(support, "Server", LoopServer)
 
 
 @pytest.fixture
@@ -173,6 +169,27 @@ def test_a_connection_that_is_old_is_drained_and_its_calls_end_well(authority):
         assert channel.unary_unary(INFER)(message(), timeout=5)  # on another one
         served.service.go.set()
         assert held.result(timeout=5)
+
+
+def test_a_call_that_outlives_the_server_ends_without_a_fault(authority, caplog):
+    service = support.Echo(pieces=3, pause_s=0.3)
+    with serving(authority, service) as served, served.channel() as channel:
+        next(channel.stream_stream(STREAM)(iter([message()]), timeout=5))
+        served.server.stop(0)
+        until(lambda: service.outcomes)
+        time.sleep(0.1)
+    assert [one for one in caplog.records if one.levelno >= logging.ERROR] == []
+
+
+def test_what_was_refused_last_is_told_before_the_server_has_stopped(authority, told):
+    with serving(
+        authority, on_handshake_refused=lambda *what: told.append(what)
+    ) as served:
+        with socket.create_connection((served.host, served.port)) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert raw.recv(1) == b""
+        served.server.stop(0)
+        assert told == [("not TLS", 1, "127.0.0.1")]
 
 
 def test_a_caller_that_takes_nothing_of_a_stream_holds_little(authority):

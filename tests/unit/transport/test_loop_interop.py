@@ -1,4 +1,4 @@
-"""Stock clients, sync and async, against the server on a loop of its own."""
+"""Stock clients, sync and async, against our server."""
 
 import asyncio
 import shutil
@@ -10,7 +10,6 @@ import grpc
 import numpy as np
 import pytest
 
-from tests.unit.transport import support
 from tests.unit.transport.support import (
     CLI,
     INFER,
@@ -23,16 +22,10 @@ from tests.unit.transport.support import (
 )
 from ztserve.identity import dns_name
 from ztserve.transport import Limits
-from ztserve.transport.loop import LoopServer
 from ztserve.types import TensorSpec
 
 Code = grpc.StatusCode
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def loop(monkeypatch):
-    monkeypatch.setattr(support, "Server", LoopServer)
 
 
 def answer_of(raw):

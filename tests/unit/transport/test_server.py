@@ -27,6 +27,7 @@ from ztserve.errors import (
 )
 from ztserve.identity import Identity
 from ztserve.transport import Client, Limits, Server, callers, inference_methods
+from ztserve.transport.server import GrpcServer
 from ztserve.transport.v1 import inference_pb2 as pb
 from ztserve.types import Caller
 
@@ -164,16 +165,16 @@ def test_a_message_beyond_the_limit_is_refused_and_recorded(authority, engine) -
         assert told[0] is Code.INVALID_ARGUMENT
         assert "the limit is 10000" in told[1]
         code, words, _ = error_of(channel, body=message(t="x" * 200_000))
-        if engine is Server:
+        if engine is GrpcServer:
             assert code is Code.RESOURCE_EXHAUSTED
             assert "larger than max" in words
-        else:  # which says so of any length
+        else:  # ours says so of any length
             assert code is Code.INVALID_ARGUMENT
             assert "the limit is 10000" in words
         call(channel, body=message(t="x" * 9_000))
         ours, cores, last = served.service.outcomes
     assert isinstance(ours, InvalidInput)
-    if engine is Server:
+    if engine is GrpcServer:
         assert isinstance(cores, Cancelled)
         assert "far beyond 10000 bytes" in cores.reason
     else:

@@ -4,6 +4,6 @@ Calls are answered on other threads; what they send goes back to the loop, which
 to each connection once a turn. Nothing a caller or the model does can block it.
 """
 
-from ztserve.transport.loop.server import LoopServer
+from ztserve.transport.loop.server import Server
 
-__all__ = ["LoopServer"]
+__all__ = ["Server"]

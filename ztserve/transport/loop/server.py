@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 from ztserve.errors import ConfigError
 from ztserve.identity import JwtProof, Quarantine, Source
@@ -35,8 +36,21 @@ START_S = 10.0
 _BACKLOG = 1024
 
 
-class LoopServer:
-    """As `Server`, of which it has the arguments, the methods and the errors."""
+class Server:
+    """Serves `methods` over mutual TLS 1.3 to verified callers.
+
+    Args:
+        methods: what `inference_methods` or `directory_methods` gives.
+        source: our own identity and the bundles to judge callers by, followed live.
+        limits: bounds on what the outside may send, hold and keep waiting.
+        delegates: SPIFFE IDs whose word about the end user is taken.
+        on_refused: told of each call refused before there was a `types.Call`.
+        on_handshake_refused: told (cause, count, address), at most once a second for
+            each, of connections that ended before a call, or for what the peer did.
+        quarantine: who is refused although their SVID holds; None: nobody.
+        proof: what judges the JWT-SVID that each call must bear; None: none need.
+
+    """
 
     def __init__(  # noqa: PLR0913 - each is a decision of its owner
         self,
@@ -141,6 +155,7 @@ class LoopServer:
             time.sleep(0.005)
         self._loop.call_soon_threadsafe(self._ending.set)
         self._thread.join(5)
+        self._refusals.tell()  # here: whoever is told may be closed next
         self._reaper.close()
         self._workers.close()
 
@@ -156,7 +171,7 @@ class LoopServer:
         self._loop = loop = asyncio.get_running_loop()
         self._ending = asyncio.Event()
         house.soon = loop.call_soon
-        house.wake = lambda: loop.call_soon_threadsafe(_run_posted, house)
+        house.wake = partial(self._on_loop, _run_posted, house)
         self._server = await loop.create_server(
             lambda: Wire(house), sock=self._listener, backlog=_BACKLOG
         )
@@ -174,7 +189,6 @@ class LoopServer:
             wire.abort()
         self._server.close()
         await asyncio.sleep(0)
-        self._tell()
 
     def _leave(self, house: House) -> None:
         self._server.close()
@@ -227,9 +241,12 @@ class LoopServer:
     # --- what nobody sees otherwise ---------------------------------------------
 
     def _judge_soon(self) -> None:
-        # The loop may have ended, when its subscription had not.
+        self._on_loop(self._judge)
+
+    def _on_loop(self, action: Callable[..., object], *arguments: object) -> None:
+        # The loop may have ended: then there is nobody left to judge or to answer.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._judge)
+            self._loop.call_soon_threadsafe(action, *arguments)
 
     def _judge(self) -> None:
         house = self._house
