@@ -197,7 +197,6 @@ def test_the_serial_of_the_audit_is_what_the_readme_says_to_refuse(
         time.sleep(0.25)
         done = ztserve(*ask)
         assert done.code == 2
-        assert "in the handshake" in done.err
         assert f"{CLI} is in quarantine since" in refused_handshake(log)
         assert ztserve("quarantine", "remove", CLI).code == 0
         time.sleep(0.25)
