@@ -28,7 +28,7 @@ CLOCK_S = 0.1
 
 Outcome = Literal["answered", "failed", "restart", "expired", "distrusted"]
 """restart: failed in the restart window. expired: a stream that outlived the SVID it
-began with, ended by the server. distrusted: a stream that the client broke off when a
+began with, or the one that the server had shown, ended by the other side. distrusted: a stream that the client broke off when a
 root was withdrawn, because what that root vouched for may not go on."""
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 KINDS = ("unary", "stream")
@@ -131,7 +131,8 @@ class Run:
         if window[0] <= call.end < window[1]:
             return "restart"
         if call.kind == "stream":
-            if -CLOCK_S <= call.end - self._expiry(call.begin) <= CUT_S:
+            expiries = [self._expiry(call.begin), *self._shown(call.begin)]
+            if any(-CLOCK_S <= call.end - expiry <= CUT_S for expiry in expiries):
                 return "expired"
             if any(call.begin <= at <= call.end <= at + CUT_S for at in withdrawn):
                 return "distrusted"
@@ -143,6 +144,13 @@ class Run:
         if len(held) > 1 and held[-1].at > begin - LANE_S:
             held.pop()  # its connection may not have been there yet
         return held[-1].expires if held else float("inf")
+
+    def _shown(self, begin: float) -> Iterator[float]:
+        """Yield when the server's SVIDs expire that a connection then may rest on."""
+        for seen in self.servers:
+            for one in seen:
+                if one.at <= begin < one.expires:
+                    yield one.expires
 
 
 def counts(outcomes: Iterable[tuple[Call, Outcome]]) -> Counter[tuple[str, Outcome]]:

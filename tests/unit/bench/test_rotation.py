@@ -23,7 +23,7 @@ def stream(begin: float, end: float, error: str = "Interrupted: cut") -> Call:
 def made(
     *calls: Call,
     callers: tuple[Seen, ...] = (seen(0, "1", "A"),),
-    servers: tuple[tuple[Seen, ...], ...] = ((seen(0, "9", "A"),),),
+    servers: tuple[tuple[Seen, ...], ...] = ((seen(0, "9", "A", lives_s=100),),),
     restart: Restart | None = None,
 ) -> Run:
     return Run(0.0, 60.0, calls, callers, servers, restart)
@@ -69,6 +69,19 @@ def test_an_answer_of_the_old_server_does_not_end_the_window():
 def test_callers_who_do_not_find_back_are_not_excused():
     run = made(unary(41.4, "away"), unary(41.6, "away"), restart=Restart(30, 31, 31.5))
     assert outcomes(run) == ["restart", "failed"]
+
+
+def test_a_stream_that_outlives_the_servers_svid_is_cut_by_design_too():
+    servers = ((seen(0, "8", "A", lives_s=10), seen(5, "9", "A", lives_s=20)),)
+    run = made(
+        stream(4, 10.5),
+        stream(6, 10.5),  # on a connection of before the renewal
+        stream(10.1, 11),
+        stream(6, 18),
+        unary(10.5, "Interrupted: cut"),
+        servers=servers,
+    )
+    assert outcomes(run) == ["expired", "expired", *["failed"] * 3]
 
 
 def test_a_stream_that_outlives_its_svid_is_cut_by_design_and_no_other_call():
