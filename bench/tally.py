@@ -28,8 +28,9 @@ CLOCK_S = 0.1
 
 Outcome = Literal["answered", "failed", "restart", "expired", "distrusted"]
 """restart: failed in the restart window. expired: a stream that outlived the SVID it
-began with, or the one that the server had shown, ended by the other side. distrusted: a stream that the client broke off when a
-root was withdrawn, because what that root vouched for may not go on."""
+began with, or the one that its server had shown, ended by the other side. distrusted: a
+stream that the client broke off when a root was withdrawn, because what that root
+vouched for may not go on."""
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 KINDS = ("unary", "stream")
 
