@@ -271,9 +271,11 @@ class Session:
             return
         except SSL.Error as error:
             raise HandshakeRefused(_cause(error)) from None
-        except CallError as error:
+        except Unauthenticated as error:
             reason = f"certificate not trusted: {error.reason}"
             raise HandshakeRefused(reason[:300]) from error
+        except CallError as error:  # it is we who cannot judge, or mean another
+            raise HandshakeRefused(error.reason[:300]) from error
         if self.peer is None or self._tls.get_alpn_proto_negotiated() != ALPN:
             raise HandshakeRefused("not HTTP/2")
         self._seen.clear()
