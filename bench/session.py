@@ -49,7 +49,7 @@ class Session:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_environment(self._home.name, haproxy="serve-haproxy" in names),
+                env=environment(self._home.name, haproxy="serve-haproxy" in names),
                 start_new_session=True,
                 text=True,
             )
@@ -99,7 +99,7 @@ def _environ(process: Path) -> str:
         return ""
 
 
-def _environment(home: str, *, haproxy: bool) -> dict[str, str]:
+def environment(home: str, *, haproxy: bool) -> dict[str, str]:
     """Return the environment of a session: its own home, token and HAProxy files."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SPIFFE_"))}
     env |= {
