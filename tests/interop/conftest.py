@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.interop import service
-from tests.interop.drivers import DRIVERS, Driver
+from tests.interop.drivers import Driver
+from tests.interop.own import EVERY
 from tests.interop.service import Served
 from tests.unit.transport.support import DOMAIN
 from ztserve.testing import ThrowAwayAuthority
@@ -43,13 +44,14 @@ def served(shared: Served) -> Served:
 def driver(request, shared: Served) -> Iterator[Driver]:
     """The client whose name is the parameter."""
     if request.param == "grpc-js":
-        _have_grpc_js()
-    one = DRIVERS[request.param](shared)
+        have_grpc_js()
+    one = EVERY[request.param](shared)
     yield one
     one.close()
 
 
-def _have_grpc_js() -> None:
+def have_grpc_js() -> None:
+    """Skip the test where @grpc/grpc-js cannot be had."""
     for tool in ("node", "npm"):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")

@@ -403,5 +403,3 @@ DRIVERS: dict[str, Callable[[Served], Driver]] = {
     "grpc-js": Node,
 }
 """By the name that docs/interop.md has for each."""
-NOT_YET = ("ztserve Client",)
-"""Clients whose driver is still to be written."""

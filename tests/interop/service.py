@@ -13,6 +13,7 @@ from grpc_tools import protoc
 
 from tests.unit.transport.support import CLI, SERVER, pem
 from ztserve.errors import CallError, InvalidInput
+from ztserve.identity import Source
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Limits, Method, Server
 from ztserve.transport import status as statuses
@@ -147,6 +148,8 @@ class Served:
     certificate: Path
     key: Path
     """PEM files: what verifies the server, and who the client is."""
+    source: Source
+    """Who the client is, for ours."""
 
     @property
     def address(self) -> str:
@@ -171,6 +174,7 @@ def serving(
     )
     host, port = server.start("127.0.0.1")
     try:
-        yield Served(server, service, host, port, *(folder / name for name in files))
+        paths = [folder / name for name in files]
+        yield Served(server, service, host, port, *paths, authority.source(CLI))
     finally:
         server.stop(1)

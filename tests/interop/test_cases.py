@@ -5,7 +5,8 @@ import time
 import pytest
 
 from tests.interop.cases import CASES
-from tests.interop.drivers import DRIVERS
+from tests.interop.drivers import DRIVERS, Driver
+from tests.interop.own import ABSENT_HERE, EVERY, OWN, NotOffered
 from ztserve.transport import messages
 
 pytestmark = pytest.mark.slow
@@ -26,8 +27,23 @@ def expanded(monkeypatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("driver", DRIVERS, indirect=True)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+RUN = [
+    pytest.param(case, name, id=f"{case.name}-{name}")
+    for case in CASES
+    for name in EVERY
+    if name in DRIVERS or case.name not in ABSENT_HERE
+]
+
+
+@pytest.mark.parametrize("driver", OWN, indirect=True)
+@pytest.mark.parametrize("name", ABSENT_HERE)
+def test_what_our_client_does_not_offer(name, driver: Driver, served) -> None:
+    (case,) = (one for one in CASES if one.name == name)
+    with pytest.raises(NotOffered, match=ABSENT_HERE[name]):
+        case.run(driver, served)
+
+
+@pytest.mark.parametrize(("case", "driver"), RUN, indirect=["driver"])
 def test_case(case, driver, served, expanded) -> None:
     case.run(driver, served)
     assert len(expanded) == COMPRESSED.get(case.name, 0)

@@ -95,7 +95,7 @@ class Reassembly:
         if flag > 1:
             raise Unreadable(INTERNAL, f"a message begins with {flag}, not 0 or 1")
         if flag and not self._gzip:
-            raise Unreadable(INTERNAL, "a compressed message, and no grpc-encoding")
+            raise Unreadable(INTERNAL, "a compressed message, as nobody agreed on")
         size = int.from_bytes(self._buffer[1:PREFIX_BYTES], "big")
         if size > self._most:
             raise InvalidInput(
@@ -280,6 +280,7 @@ def timeout(left_s: float) -> Block:
     Rounded up to tenths of a second, where it is more than one: a server then sees
     equal heads of equal calls.
     """
+    left_s = min(left_s, _MOST_OF_A_UNIT)  # also of one that waits for ever
     step_ms = 100 if left_s > 1 else 1
     return _timeout(max(math.ceil(left_s * 1000 / step_ms), 1) * step_ms)
 

@@ -65,6 +65,7 @@ class Upkeep:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._route.replicas.keep_only(())
+        self._known.set()  # none will be: those who wait are told
         if self._book is not None:
             self._book.abort()
 

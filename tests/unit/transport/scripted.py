@@ -24,7 +24,8 @@ Answer = Callable[[Connection, int], bytes | None]
 class Scripted:
     """Takes connections one after the other, each on a thread of its own.
 
-    `heads` and `resets` are what came; `silent` servers finish TLS and say nothing.
+    `heads` and `resets` are what came; `silent` servers finish TLS and say nothing;
+    `at_head` answers before the request is whole.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Scripted:
         *,
         bounds: Bounds = Bounds(),  # noqa: B008 - frozen
         silent: bool = False,
+        at_head: Answer | None = None,
     ) -> None:
         self.heads: list[HeadersReceived] = []
         self.resets: list[StreamReset] = []
@@ -43,6 +45,7 @@ class Scripted:
         self.connections = 0
         self._ends = Ends(source)
         self._answer, self._bounds, self._silent = answer, bounds, silent
+        self._at_head = at_head
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -97,6 +100,8 @@ class Scripted:
             match event:
                 case HeadersReceived():
                     self.heads.append(event)
+                    if self._at_head is not None:
+                        yield self._at_head(http2, event.stream_id) or b""
                 case StreamReset():
                     self.resets.append(event)
                 case Ended():

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 import time
+import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -20,12 +23,17 @@ from tests.unit.transport.support import (
 )
 from tests.unit.transport.test_quarantine import shut_out
 from ztserve import errors
-from ztserve.identity import Identity, Quarantine
+from ztserve.identity import Identity, Quarantine, SpiffeId
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import AsyncClient, Client, Limits, messages
+from ztserve.transport import AsyncClient, Client, Limits, messages, protocol
 from ztserve.transport.http2 import Bounds, Code, encode, frames
 from ztserve.transport.loop import carrier
 from ztserve.transport.loop import channel as channels
+from ztserve.transport.loop.call import AwaitedCall
+from ztserve.transport.loop.channel import Channel, Expected
+from ztserve.transport.loop.thread import LoopThread
+from ztserve.transport.retry import Attempts, Budget
+from ztserve.transport.tls import Ends
 from ztserve.transport.v1 import inference_pb2 as pb
 
 READY = pb.ServerReadyResponse(ready=True).SerializeToString()
@@ -157,6 +165,14 @@ def without_trailers(http2, stream_id) -> None:
     http2.data(stream_id, messages.framed(READY), end=True)
 
 
+def compressed(http2, stream_id) -> None:
+    gzip_head = encode((*(STATUS, GRPC), (b"grpc-encoding", b"gzip")))
+    http2.headers(stream_id, gzip_head)
+    body = zlib.compress(READY, wbits=31)
+    http2.data(stream_id, b"\1" + len(body).to_bytes(4, "big") + body)
+    http2.headers(stream_id, messages.OK, end=True)
+
+
 def not_grpc(http2, stream_id) -> None:
     http2.headers(
         stream_id, encode(((b":status", b"200"), (b"content-type", b"text/html")))
@@ -190,6 +206,7 @@ GRPC = (b"content-type", b"application/grpc")
         (answers(READY, READY), errors.InferenceError, "2 messages, not one"),
         (answers(), errors.InferenceError, "0 messages, not one"),
         (half, errors.Interrupted, "within a message"),
+        (compressed, errors.Interrupted, "a compressed message"),
         (without_trailers, errors.Interrupted, "without a grpc-status"),
         (reset(Code.CANCEL), errors.Interrupted, "the server ended the call"),
         (reset(Code.ENHANCE_YOUR_CALM), errors.Interrupted, "may have run"),
@@ -499,3 +516,288 @@ def ready(client: Client) -> bool:
         return client.ready()
     except errors.Unavailable:
         return False
+
+
+# --- calls that end in another way than by an answer --------------------------------
+
+
+def silent(http2, stream_id) -> None:
+    """Answers nothing."""
+
+
+def made(server: Scripted) -> Channel:
+    """A channel of the running loop."""
+    expected = Expected(Ends(server.source), SpiffeId.parse(SERVER), None)
+    return Channel(server.address, expected)
+
+
+def called(channel: Channel, timeout_s: float, body: bytes = b"") -> AwaitedCall:
+    call = AwaitedCall(
+        protocol.READY,
+        body,
+        attempts=Attempts(Budget(), timeout_s),
+        server=SERVER,
+        most=1 << 20,
+    )
+    channel.begin(call)
+    return call
+
+
+@contextmanager
+def answering(authority, answer, **given):
+    server = Scripted(authority.source(SERVER), answer, **given)
+    server.source = authority.source(CLI)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+async def happened(fact, seconds=5.0) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_reader_that_stays_slow_holds_no_more_than_a_window(authority) -> None:
+    pieces = 2000
+    with (
+        serving(authority, Echo(pieces=pieces)) as served,
+        Client(
+            served.address, source=authority.source(CLI), server_id=SERVER
+        ) as client,
+    ):
+        stream = client.stream({"t": "x" * 4096})
+        held = 0
+        for _ in range(20):
+            next(stream)
+            time.sleep(0.02)
+            (way,) = client._route.replicas
+            (call,) = way._link._calls.values()
+            held = max(held, sum(map(len, list(call._arrived))))
+        assert held <= Bounds().stream_window
+        assert sum(1 for _ in stream) == pieces - 20
+
+
+def test_a_call_that_is_given_up_lets_the_next_have_its_turn(authority) -> None:
+    def second(http2, stream_id) -> None:
+        if stream_id > 1:
+            answers(READY)(http2, stream_id)
+
+    async def run(server) -> None:
+        channel = made(server)
+        first = called(channel, 5)
+        await happened(lambda: server.heads)
+        next_one = called(channel, 0.5)
+        first.let_go()  # of which the server says nothing
+        assert await next_one.result() == READY
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, second, bounds=Bounds(max_streams=1)) as server:
+        asyncio.run(run(server))
+    assert [one.code for one in server.resets] == [Code.CANCEL]
+
+
+def test_what_waits_its_turn_and_is_given_up_is_not_kept(authority) -> None:
+    async def run(server) -> None:
+        channel = made(server)
+        first = called(channel, 5)
+        await happened(lambda: server.heads)
+        waiting = [called(channel, 0.02, bytes(1 << 16)) for _ in range(10)]
+        assert len(channel._link._queue) == 10
+        for call in waiting:
+            with pytest.raises(errors.DeadlineExceeded):
+                await call.result()
+        assert not channel._link._queue
+        first.let_go()
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, silent, bounds=Bounds(max_streams=1)) as server:
+        asyncio.run(run(server))
+    assert len(server.heads) == 1
+
+
+def test_what_waits_its_turn_goes_to_the_connection_that_comes_after(
+    authority, monkeypatch
+) -> None:
+    monkeypatch.setattr(channels, "FIRST_PAUSE_S", 0.001)
+    streams: list[int] = []
+
+    def leaving(http2, stream_id) -> bytes | None:
+        streams.append(stream_id)
+        answers(READY)(http2, stream_id)
+        return frames.goaway(1, Code.NO_ERROR, b"") if len(streams) == 1 else None
+
+    async def run(server) -> None:
+        channel = made(server)
+        calls = [called(channel, 5) for _ in range(30)]
+        # Each once: what was never sent is no attempt, and costs no retry.
+        assert [await one.result() for one in calls] == [READY] * 30
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, leaving, bounds=Bounds(max_streams=1)) as server:
+        asyncio.run(run(server))
+    assert server.connections == 2
+
+
+def test_a_renewed_connection_costs_no_call_that_waits_its_turn(authority) -> None:
+    late = threading.Event()
+
+    def once(http2, stream_id) -> None:
+        if server.connections > 1 or late.wait(0.05):
+            answers(READY)(http2, stream_id)
+
+    async def run(server) -> None:
+        channel = made(server)
+        calls = [called(channel, 5) for _ in range(20)]
+        await happened(lambda: server.heads)
+        channel.renew()
+        done = [await one.result() for one in calls[1:]]
+        assert done == [READY] * 19
+        calls[0].let_go()
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, once, bounds=Bounds(max_streams=1)) as server:
+        asyncio.run(run(server))
+
+
+def test_an_answer_before_the_whole_request_ends_the_stream(authority) -> None:
+    """It would hold its place, and the connection would never be let go of."""
+
+    fields = encode((STATUS, GRPC, (b"grpc-status", b"7"), (b"grpc-message", b"no")))
+    flags = frames.END_HEADERS | frames.END_STREAM
+
+    def denied(http2, stream_id) -> bytes:  # and no RST_STREAM after it
+        return frames.frame(frames.HEADERS, flags, stream_id, fields)
+
+    async def run(server) -> None:
+        channel = made(server)
+        call = called(channel, 5, bytes(1 << 20))  # its window has 512 KiB
+        with pytest.raises(errors.Denied, match="no"):
+            await call.result()
+        await happened(lambda: server.resets)
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, silent, at_head=denied) as server:
+        asyncio.run(run(server))
+
+
+@pytest.mark.parametrize(("pause_s", "again"), [(30.0, False), (0.0, True)])
+def test_a_connection_that_did_not_last_is_not_made_anew_at_once(
+    authority, monkeypatch, pause_s, again
+) -> None:
+    """Else a server that lets go of each would be dialled in a storm."""
+    monkeypatch.setattr(channels, "FIRST_PAUSE_S", pause_s)
+
+    async def run(server) -> None:
+        channel = made(server)
+        channel.dial()
+        await happened(lambda: channel._link is not None)
+        first = channel._link
+        server.cut()
+        await happened(lambda: channel._link is not first)
+        if again:
+            await happened(lambda: server.connections == 2)
+        else:
+            await asyncio.sleep(0.03)
+            assert server.connections == 1
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, silent) as server:
+        asyncio.run(run(server))
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_channel_can_be_left_while_it_dials(authority, turns: int) -> None:
+    async def run(server) -> None:
+        channel = made(server)
+        call = called(channel, 5)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        channel.leave()
+        with pytest.raises(errors.Unavailable, match="the replica is gone"):
+            await call.result()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, silent) as server:
+        asyncio.run(run(server))
+
+
+def test_an_address_that_cannot_be_one_is_told_at_once(authority) -> None:
+    async def run(server) -> None:
+        server.address = f"{'x' * 70}:1"  # no label of a name is so long
+        with pytest.raises(errors.Unavailable, match="no connection to"):
+            await called(made(server), 5).result()
+
+    with answering(authority, silent) as server:
+        asyncio.run(run(server))
+
+
+def test_a_call_that_cannot_be_sent_ends_in_an_error(authority, monkeypatch) -> None:
+    with scripted(authority, answers(READY)) as (_, client):
+        assert client.ready(timeout_s=float("inf"))
+        monkeypatch.setattr(messages, "request_head", None)
+        with pytest.raises(errors.InferenceError, match="could not be sent"):
+            client.ready()
+
+
+def test_a_call_that_is_over_leaves_nothing_to_be_collected(authority) -> None:
+    async def run(server) -> None:
+        channel = made(server)
+        seen = []
+        gc.disable()
+        try:
+            for _ in range(3):
+                call = called(channel, 5)
+                assert await call.result() == READY
+                seen.append(weakref.ref(call))
+            call = None
+            await asyncio.sleep(0)
+            assert [one() for one in seen] == [None] * 3
+        finally:
+            gc.enable()
+        channel.leave()
+        await happened(lambda: channel.is_closed)
+
+    with answering(authority, answers(READY)) as server:
+        asyncio.run(run(server))
+
+
+def test_who_waits_for_the_directory_is_told_of_the_close(authority) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        client = Client(
+            "ml-inference/echo",
+            source=authority.source(CLI),
+            directory="127.0.0.1:1",
+        )
+        asking = pool.submit(client.ready)
+        time.sleep(0.05)
+        client.close()
+        with pytest.raises(errors.Unavailable):
+            asking.result(3)
+
+
+def test_nothing_is_given_to_a_loop_that_has_ended() -> None:
+    async def last() -> None:
+        pass
+
+    async def waiting() -> None:
+        await asyncio.Event().wait()
+
+    thread = LoopThread("ends")
+    left = thread.run(waiting())
+    thread.close(last())
+    thread.join(5)
+    assert left.cancelled()
+    with pytest.raises(errors.Unavailable, match="closed"):
+        thread.post(print)
+    with pytest.raises(errors.Unavailable, match="closed"):
+        thread.run(last())

@@ -59,8 +59,10 @@ class ClientCall(ABC):
         self._post = post
         self._arrived: deque[bytes] = deque()
         self._body = messages.Reassembly(most)
-        self._has_head = False
-        self._owed = 0
+        self._unpaid = 0
+        """Bytes of the answer that the server has not been told of."""
+        self._came = self._taken = 0
+        """Bytes of whole messages: counted by the loop, and by whoever waits."""
         self._waiting = False
 
     # --- the loop's side --------------------------------------------------------
@@ -81,7 +83,7 @@ class ClientCall(ABC):
         """Note how the call ended; what is told later changes nothing."""
         if self.over:
             return
-        self.pay()  # or the window of the whole connection would shrink
+        self._pay(self._unpaid)  # or the window of the whole connection would shrink
         self.over, self.error, self.link = True, error, None
         if self.timer is not None:
             self.timer.cancel()
@@ -94,7 +96,6 @@ class ClientCall(ABC):
             if refused is not None:
                 self._end(refused)
                 return
-            self._has_head = True
             if ended:
                 self._read_end(head.fields)
         elif not self._body.is_between:
@@ -104,9 +105,10 @@ class ClientCall(ABC):
 
     def feed(self, data: bytes, *, ended: bool) -> None:
         """Take a piece of the answer."""
-        self._owed += len(data)
+        self._unpaid += len(data)
         try:
             for message in self._body.feed(data):
+                self._came += len(message) + messages.PREFIX_BYTES
                 self._arrived.append(message)
         except InvalidInput as error:
             public = "the answer is larger than this client takes"
@@ -115,7 +117,7 @@ class ClientCall(ABC):
         except messages.Unreadable as error:
             self._broken(error.reason)
             return
-        if self._owed >= PAY_BYTES and (self._waiting or not self._arrived):
+        if self._owed() >= PAY_BYTES:
             self.pay()
         if ended:
             self._broken("the answer ends without a grpc-status")
@@ -124,9 +126,21 @@ class ClientCall(ABC):
 
     def pay(self) -> None:
         """Let the server send as much as was dealt with."""
-        owed, self._owed = self._owed, 0
-        if owed and self.link is not None:
-            self.link.consumed(self.stream_id, owed)
+        self._pay(self._owed())
+
+    def _pay(self, count: int) -> None:
+        if count > 0 and self.link is not None:
+            self._unpaid -= count
+            self.link.consumed(self.stream_id, count)
+
+    def _owed(self) -> int:
+        """Return how much was dealt with.
+
+        That is not what lies in messages which nobody has taken: a slow reader would
+        have us hold ever more of them. It is what came of a message that is not whole,
+        which may be larger than any window.
+        """
+        return self._unpaid - (self._came - self._taken)
 
     def cancel(self, error: ZTServeError) -> None:
         """End the call from our side, before its time."""
@@ -176,9 +190,11 @@ class ClientCall(ABC):
             if self.error is not None:
                 raise self.error
             return None
-        if self._owed >= PAY_BYTES:
+        message = self._arrived.popleft()
+        self._taken += len(message) + messages.PREFIX_BYTES
+        if self._owed() >= PAY_BYTES:
             self._post(self.pay)
-        return self._arrived.popleft()
+        return message
 
 
 class BlockingCall(ClientCall):

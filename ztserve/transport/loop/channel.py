@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from ztserve import types
-from ztserve.errors import CallError, Unavailable, ZTServeError
+from ztserve.errors import CallError, InferenceError, Unavailable, ZTServeError
 from ztserve.identity import Quarantine, SpiffeId
 from ztserve.transport.loop.call import ClientCall
 from ztserve.transport.loop.causes import WrongServer, unreachable
@@ -16,7 +16,7 @@ from ztserve.types import Peer
 
 DIAL_S = 5.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.1, 2.0
-"""Between two attempts at a connection."""
+"""Between two attempts at a connection, and the least that one should last."""
 RENEW_S = 600.0
 """Each server is verified anew at least this often, and before its SVID expires."""
 RENEW_AT = 0.6
@@ -78,15 +78,23 @@ class Channel:
         self._pause_s = FIRST_PAUSE_S
         self._next_s = 0.0
         """Before this moment, no further attempt is made."""
+        self._made_s = 0.0
+        """When the last connection was made."""
         self._left = False
 
     # --- calls ------------------------------------------------------------------
 
     def begin(self, call: ClientCall) -> None:
-        """Carry a call."""
+        """Carry a call; where it cannot be sent, it ends in an error."""
         if call.over:
             return
-        call.timer = self._loop.call_later(call.left_s(), call.expire)
+        try:
+            call.timer = self._loop.call_later(call.left_s(), call.expire)
+            self._carry(call)
+        except Exception as error:  # noqa: BLE001 - or who waits for it waits for ever
+            call.finish(InferenceError(f"the call could not be sent: {error!r}"))
+
+    def _carry(self, call: ClientCall) -> None:
         link = self._link
         if link is not None and link.takes:
             link.begin(call)
@@ -146,10 +154,11 @@ class Channel:
         self._left = True
         if self._dialling is not None:
             self._dialling.cancel()
+            self._dialling = None  # cancelled before it began, it does not do so itself
         self._fail(Unavailable(GONE))
         self._link = None
         for link in list(self._links):
-            link.leave()
+            self._retire(link)
 
     def abort(self) -> None:
         """Close now."""
@@ -160,24 +169,34 @@ class Channel:
     def _part(self, link: Link) -> None:
         if link is self._link:
             self._link = None
-        link.leave()
+        self._retire(link)
         # Short calls may end: where a root was dropped, the server is often good.
         self._loop.call_later(PART_S, link.break_off)
 
+    def _retire(self, link: Link) -> None:
+        """Let the last call of `link` end; what it has not sent goes elsewhere."""
+        for call in link.leave():
+            self._carry(call)
+
+    def _hold_off(self, now: float) -> None:
+        self._next_s = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311
+        self._pause_s = min(self._pause_s * 2, MOST_PAUSE_S)
+
     async def _dial(self) -> None:
         try:
+            await asyncio.sleep(self._next_s - time.monotonic())
             link = await self._connected()
-        except (OSError, TimeoutError, ZTServeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told
             self._trouble = unreachable(error, self._expected.server, self.address)
-            self._next_s = time.monotonic() + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311
-            self._pause_s = min(self._pause_s * 2, MOST_PAUSE_S)
+            self._hold_off(time.monotonic())
             if self._link is None or not self._link.takes:
                 self._fail(self._trouble)
         else:
             older, self._link = self._link, link
-            self._trouble, self._pause_s, self._next_s = None, FIRST_PAUSE_S, 0.0
+            self._trouble, self._next_s = None, 0.0
+            self._made_s = time.monotonic()
             if older is not None:
-                older.leave()
+                self._retire(older)
             while self._waiting:
                 call = self._waiting.popleft()
                 if not call.over:
@@ -210,7 +229,14 @@ class Channel:
             self._links.discard(link)
         if link is self._link and not link.takes:
             self._link = None
+            now = time.monotonic()
+            if now - self._made_s < self._pause_s:
+                self._hold_off(now)  # a server that lets go of each at once
+            else:
+                self._pause_s = FIRST_PAUSE_S
             self.dial()
+        if not link.lost:
+            self._retire(link)
 
     def _fail(self, error: Exception) -> None:
         while self._waiting:

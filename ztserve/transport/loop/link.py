@@ -1,6 +1,7 @@
 """One connection of a client: TLS, HTTP/2, and the calls that it carries."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -109,7 +110,11 @@ class Link(Carrier):
         http2 = cast("Connection", self._http2)
         if self._calls.pop(call.stream_id, None) is not None:
             http2.reset(call.stream_id, Code.CANCEL)
+            self._send_queued()  # the server need not say anything now
             self.flush()
+        else:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(call)
 
     def consumed(self, stream_id: int, count: int) -> None:
         """Let the server send more."""
@@ -117,13 +122,26 @@ class Link(Carrier):
         http2.consumed(stream_id, count)
         self.flush()
 
-    def leave(self) -> None:
-        """Take no more calls, and close when the last has ended."""
+    def leave(self) -> list[ClientCall]:
+        """Take no more calls, and close when the last has ended.
+
+        Return those that wait for their turn, to be begun elsewhere.
+        """
         self._leaving = True
         if self._http2 is None:
             self.abort()
         else:
             self.flush()
+        unsent = [call for call in self._queue if not call.over]
+        self._queue.clear()
+        for call in unsent:
+            call.link = None
+        return unsent
+
+    def abort(self) -> None:
+        """Close now; what has no socket yet is let go of by whoever dials."""
+        if hasattr(self, "_transport"):
+            super().abort()
 
     def break_off(self) -> None:
         """Close now: the server, or we, may not be believed any more."""
@@ -137,7 +155,7 @@ class Link(Carrier):
         """
         self._closing = True
         self.ready.cancel()
-        if not hasattr(self, "_transport") or self.lost:
+        if self.lost or not hasattr(self, "_transport"):
             return False
         self.abort()
         return True
@@ -195,14 +213,14 @@ class Link(Carrier):
                 call = self._calls.get(stream_id)
                 if call is not None:
                     call.head(head, ended=ended)  # type: ignore[arg-type]
-                    self._forget(stream_id, call, ended=ended)
+                    self._forget(stream_id, call)
             case DataReceived(stream_id, data, ended):
                 call = self._calls.get(stream_id)
                 if call is None:
                     self.consumed(0, len(data))
                     return
                 call.feed(data, ended=ended)
-                self._forget(stream_id, call, ended=ended)
+                self._forget(stream_id, call)
             case StreamReset(stream_id, code, reason):
                 call = self._calls.pop(stream_id, None)
                 if call is not None:
@@ -226,23 +244,20 @@ class Link(Carrier):
         if self._queue:
             self._send_queued()
 
-    def _forget(self, stream_id: int, call: ClientCall, *, ended: bool) -> None:
-        if call.over and self._calls.pop(stream_id, None) is not None and not ended:
+    def _forget(self, stream_id: int, call: ClientCall) -> None:
+        if call.over and self._calls.pop(stream_id, None) is not None:
+            # Answered before it was sent whole, the stream would stay open: nobody
+            # takes the rest. Of one that has ended, nothing is sent.
             cast("Connection", self._http2).reset(stream_id, Code.CANCEL)
 
     def _send_queued(self) -> None:
         http2 = cast("Connection", self._http2)
-        while self._queue and (http2.can_request or not self.takes):
-            call = self._queue.popleft()
-            if call.over:
-                continue
-            if not self.takes:
-                call.finish(Unavailable("the server goes away; the call was not sent"))
-                continue
-            self.begin(call)
+        while self._queue and http2.can_request:
+            self.begin(self._queue.popleft())
 
     def _write(self) -> None:
-        self._fresh.clear()
+        if not self._transport.is_closing():
+            self._fresh.clear()
         super()._write()
 
     def _ended(self, stream_id: int, error: Exception | None) -> ZTServeError:
