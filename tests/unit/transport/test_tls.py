@@ -6,7 +6,7 @@ import tempfile
 import pytest
 from OpenSSL import SSL
 
-from ztserve.errors import Denied, IdentityError, Unauthenticated, Unavailable
+from ztserve.errors import IdentityError, Unauthenticated, Unavailable
 from ztserve.identity import FixedSource, Identity
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import tls
@@ -268,10 +268,17 @@ def test_a_change_of_identity_is_for_new_connections_and_judges_the_old(authorit
         end.accept(anybody)
 
 
-def test_a_refusal_by_policy_is_named(authority):
-    def denied(_peer):
-        raise Denied("no", "the reason")
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (Unauthenticated("no", "the reason"), "certificate not trusted: the reason"),
+        (Unavailable("no", "no usable list"), "no usable list"),
+    ],
+)
+def test_a_refusal_of_ours_is_named(authority, error, cause):
+    def refused(_peer):
+        raise error
 
-    server = ends(authority, SERVER).accept(denied)
+    server = ends(authority, SERVER).accept(refused)
     client = ends(authority, CLIENT).connect(anybody)
-    assert connected(server, client)["server"] == "certificate not trusted: the reason"
+    assert connected(server, client)["server"] == cause

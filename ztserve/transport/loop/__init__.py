@@ -1,7 +1,8 @@
-"""The server on a loop of its own: TLS, HTTP/2 and gRPC of ours on one thread.
+"""Connections of our own, TLS and HTTP/2 and gRPC: the server's loop, the clients' links.
 
-Calls are answered on other threads; what they send goes back to the loop, which writes
-to each connection once a turn. Nothing a caller or the model does can block it.
+Short calls are answered by the thread that leads the server's loop, others elsewhere;
+what they send goes to the loop, which writes to each connection once a turn. Nothing a
+caller or the model does can hold it up for long.
 """
 
 from ztserve.transport.loop.server import Server

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from ztserve.transport.http2 import Bounds
 from ztserve.transport.limits import Limits
@@ -22,10 +22,10 @@ Arrived: TypeAlias = "tuple[Method, Exchange, Wire]"
 
 
 class Answer(Protocol):
-    """Has calls of one method answered on another thread."""
+    """Has calls of one method answered."""
 
-    def __call__(self, several: "list[Arrived]") -> None:
-        """Begin to; what is sent is posted to the wires."""
+    def __call__(self, several: "list[Arrived]") -> bool:
+        """Begin to; return whether the caller still leads (`Reactor.away`)."""
 
 
 class House:
@@ -54,30 +54,31 @@ class House:
         )
         self.wires: set[Wire] = set()
         self._by_address: Counter[str] = Counter()
-        self._posted: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._fresh: list[Arrived] = []
-        self._woken = False
+        self._jobs: deque[list[Arrived]] = deque()
         self.soon: Callable[..., object]
-        """Have something done later in this turn of the loop, or in the next."""
-        self.wake: Callable[[], object]
-        """Have `run_posted` called on the loop; from any thread."""
+        """Have something done later in this turn of the loop."""
+        self.post: Callable[..., object]
+        """Have something done on the loop; from any thread."""
 
     def arrived(self, method: Method, call: "Exchange", wire: "Wire") -> None:
         """Take a call; what arrives in one turn of the loop is answered together."""
-        if not self._fresh:
-            self.soon(self._dispatch)
         self._fresh.append((method, call, wire))
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> bool:
+        """Have what arrived answered; return whether the caller still leads."""
         fresh, self._fresh = self._fresh, []
         together: dict[int, list[Arrived]] = {}
         for method, call, wire in fresh:
             if method.answer_all is not None and call.is_whole:
                 together.setdefault(id(method), []).append((method, call, wire))
             else:
-                self.answer([(method, call, wire)])
-        for several in together.values():
-            self.answer(several)
+                self._jobs.append([(method, call, wire)])
+        self._jobs.extend(together.values())
+        while self._jobs:
+            if not self.answer(self._jobs.popleft()):
+                return False  # the one who leads now goes on with the rest
+        return True
 
     def enter(self, wire: "Wire", address: str) -> bool:
         """Count a connection in; return whether there is a place for it."""
@@ -100,18 +101,3 @@ class House:
     def ended(self, reason: str, address: str) -> None:
         """Tell of a connection that was ended for what its peer did."""
         self.refused(f"HTTP/2: {reason}", address)
-
-    def post(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Have something done on the loop, after what was posted before."""
-        self._posted.append((action, arguments))
-        if not self._woken:
-            self._woken = True
-            self.wake()
-
-    def take_posted(self) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """Return what was posted, in order."""
-        self._woken = False  # before we look: what is posted from now on wakes again
-        found = []
-        while self._posted:
-            found.append(self._posted.popleft())
-        return found

@@ -1,30 +1,25 @@
 """The mTLS gRPC server on a loop of its own."""
 
-import asyncio
-import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 
 from ztserve.errors import ConfigError
 from ztserve.identity import JwtProof, Quarantine, Source
-from ztserve.transport import messages
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.limits import Limits
-from ztserve.transport.loop.carrier import guarded
+from ztserve.transport.loop.answers import Answers
 from ztserve.transport.loop.credentials import LoopCredentials
-from ztserve.transport.loop.exchange import Aborted, Exchange
-from ztserve.transport.loop.house import Arrived, House
+from ztserve.transport.loop.house import House
+from ztserve.transport.loop.reactor import Reactor
 from ztserve.transport.loop.refusals import RefusedHandshakes
 from ztserve.transport.loop.wire import Wire
 from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.tls import Ends
-from ztserve.transport.visit import Desk, answer, answer_all, stream
+from ztserve.transport.visit import Desk
 from ztserve.transport.workers import Workers
 
 _LOG = logging.getLogger(__name__)
@@ -32,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 LOOK_S = 1.0
 WARN_S = 0.05
 """From the word that we go away to the last call that is taken."""
-START_S = 10.0
+STOP_S = 5.0
 _BACKLOG = 1024
 
 
@@ -79,10 +74,8 @@ class Server:
         self._workers = Workers()
         self._house: House | None = None
         self._desk: Desk
-        self._loop: asyncio.AbstractEventLoop
-        self._thread: threading.Thread | None = None
-        self._listener: socket.socket
-        self._ending: asyncio.Event
+        self._reactor: Reactor
+        self._started = False
 
     @property
     def in_flight(self) -> int:
@@ -95,10 +88,11 @@ class Server:
         0, alone or in a range, means any free port. Raises IdentityError where the
         source has no valid identity, ConfigError where no port can be had.
         """
-        if self._thread is not None:
+        if self._started:
             raise ConfigError("this server has been started already")
         ends = Ends(self._source)
-        self._listener, port = _listening(host, ports)
+        listener, port = _listening(host, ports)
+        self._started = True
         credentials = LoopCredentials(ends, self._quarantine)
         reception = Reception(
             credentials,  # type: ignore[arg-type]
@@ -116,27 +110,26 @@ class Server:
             self._reaper,
             self._on_refused,
         )
-        self._house = House(
+        answers = Answers(self._desk, self._workers)
+        self._house = house = House(
             limits=self._limits,
             ends=ends,
             credentials=credentials,
             methods={one.path.encode(): one for one in self._methods},
-            answer=self._answer,
+            answer=answers,
             refused=self._refusals.add,
         )
+        self._reactor = reactor = Reactor(listener, lambda: Wire(house), house.dispatch)
+        answers.reactor = reactor
+        house.soon, house.post = reactor.soon, reactor.post
         self._unsubscribe = [
             one.subscribe(self._judge_soon)
             for one in (self._source, self._quarantine)
             if one is not None
         ]
-        started = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(started,), name="ztserve-loop", daemon=True
-        )
         self._reaper.start()
-        self._thread.start()
-        if not started.wait(START_S):
-            raise ConfigError(f"the server's loop did not start within {START_S:g} s")
+        self._reactor.later(LOOK_S, self._look, house)
+        self._reactor.start()
         return host, port
 
     def stop(self, grace_s: float) -> None:
@@ -144,128 +137,49 @@ class Server:
 
         May be called again.
         """
-        if self._house is None or self._thread is None:
+        if self._house is None:
             return
         house, self._house = self._house, None
         for unsubscribe in self._unsubscribe:
             unsubscribe()
-        self._loop.call_soon_threadsafe(self._leave, house)
+        self._reactor.post(self._leave, house)
         until = time.monotonic() + grace_s
         while house.wires and time.monotonic() < until:
             time.sleep(0.005)
-        self._loop.call_soon_threadsafe(self._ending.set)
-        self._thread.join(5)
+        self._reactor.stop(STOP_S)
         self._refusals.tell()  # here: whoever is told may be closed next
         self._reaper.close()
         self._workers.close()
 
-    # --- the loop's thread ------------------------------------------------------
+    # --- on the loop ------------------------------------------------------------
 
-    def _run(self, started: threading.Event) -> None:
-        asyncio.run(self._serve(started))
-
-    async def _serve(self, started: threading.Event) -> None:
-        house = self._house
-        if house is None:
-            return
-        self._loop = loop = asyncio.get_running_loop()
-        self._ending = asyncio.Event()
-        house.soon = loop.call_soon
-        house.wake = partial(self._on_loop, _run_posted, house)
-        self._server = await loop.create_server(
-            lambda: Wire(house), sock=self._listener, backlog=_BACKLOG
-        )
-        started.set()
-        while not self._ending.is_set():
-            try:
-                async with asyncio.timeout(LOOK_S):
-                    await self._ending.wait()
-            except TimeoutError:
-                now = time.monotonic()
-                for wire in list(house.wires):
-                    wire.look(now)
-                self._tell()
+    def _look(self, house: House) -> None:
+        self._reactor.later(LOOK_S, self._look, house)
+        now = time.monotonic()
         for wire in list(house.wires):
-            wire.abort()
-        self._server.close()
-        await asyncio.sleep(0)
+            wire.look(now)
+        if self._refusals:
+            # On another thread: whoever is told may write to a disk.
+            self._workers.submit(self._refusals.tell)
 
     def _leave(self, house: House) -> None:
-        self._server.close()
+        self._reactor.deafen()
         for final, after_s in ((False, 0.0), (True, WARN_S)):
-            self._loop.call_later(after_s, _drain, house, final)
-
-    # --- calls ------------------------------------------------------------------
-
-    def _answer(self, several: list[Arrived]) -> None:
-        method, call, wire = several[0]
-        if method.answer_all is not None and call.is_whole:
-            self._workers.submit(self._together, method, several)
-        else:
-            handle = self._unary if method.answer else self._stream
-            self._workers.submit(handle, method, call, wire)
-
-    def _together(self, method: Method, several: list[Arrived]) -> None:
-        pairs = [(call.messages(), call) for _, call, _ in several]
-        left = dict(enumerate(several))
-        try:
-            for at, message in answer_all(self._desk, method, pairs):
-                _, call, wire = left.pop(at)
-                if message is None:
-                    wire.post(wire.end, call, call.trailers())
-                else:
-                    wire.post(wire.answer, call, message)
-        finally:
-            for _, call, wire in left.values():  # by a fault of ours
-                wire.post(wire.end, call, call.trailers())
-
-    def _unary(self, method: Method, call: Exchange, wire: Wire) -> None:
-        try:
-            message = answer(self._desk, method, call.messages(), call)  # type: ignore[arg-type]
-        except Aborted:
-            wire.post(wire.end, call, call.trailers())
-        else:
-            wire.post(wire.answer, call, message)
-
-    def _stream(self, method: Method, call: Exchange, wire: Wire) -> None:
-        try:
-            for piece in stream(self._desk, method, call.messages(), call):  # type: ignore[arg-type]
-                if not call.reserve(len(piece)):
-                    break
-                wire.post(wire.piece, call, piece)
-        except Aborted:
-            wire.post(wire.end, call, call.trailers())
-        else:
-            wire.post(wire.end, call, messages.OK)
+            self._reactor.later(after_s, _drain, house, final)
 
     # --- what nobody sees otherwise ---------------------------------------------
 
     def _judge_soon(self) -> None:
-        self._on_loop(self._judge)
-
-    def _on_loop(self, action: Callable[..., object], *arguments: object) -> None:
-        # The loop may have ended: then there is nobody left to judge or to answer.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(action, *arguments)
+        self._reactor.post(self._judge)
 
     def _judge(self) -> None:
         house = self._house
         for wire in list(house.wires) if house is not None else ():
             wire.judge()
 
-    def _tell(self) -> None:
-        if self._refusals:
-            # On another thread: whoever is told may write to a disk.
-            self._workers.submit(self._refusals.tell)
-
     def _report(self, cause: str, count: int, address: str) -> None:
         if self._on_handshake_refused is not None:
             self._on_handshake_refused(cause, count, address)
-
-
-def _run_posted(house: House) -> None:
-    for action, arguments in house.take_posted():
-        guarded(action, *arguments)
 
 
 def _drain(house: House, final: bool) -> None:  # noqa: FBT001
