@@ -37,6 +37,8 @@ class Seen:
     received: int = 0
     room: int = 0
     """Bytes that the peer may still send."""
+    widened: int = 0
+    """By how much the peer let us send more on it."""
     reset: str = ""
     """Which end gave it up: "us", "peer"."""
     answered: bool = False
@@ -105,6 +107,8 @@ class Watch:
             self.room -= len(step) - 9
             if stream in self.streams:
                 self.streams[stream].room -= len(step) - 9
+        elif kind == frames.WINDOW_UPDATE and stream in self.streams:
+            self.streams[stream].widened += int.from_bytes(step[9:13], "big")
         elif kind in (frames.HEADERS, frames.CONTINUATION):
             self._block_after(kind, flags, stream, step[9:])
         for item in ours.told:

@@ -244,6 +244,53 @@ def _twice(case: Case) -> bool:
 
 
 @is_(
+    "an initial window given twice",
+    "each is applied, in order",
+    "only the last is",
+    "6.5.3",
+    "the first makes a widened window overflow, which the last undoes too late",
+)
+def _twice_widened(case: Case) -> bool:
+    sizes = initial_windows(case)
+    return (
+        len(sizes) > 1
+        and case.ours.fatal == Code.FLOW_CONTROL_ERROR
+        and case.theirs.fatal is None
+        and any(
+            max(sizes) + seen.widened > frames.MOST_WINDOW
+            for seen in case.watch.streams.values()
+            if not seen.closed
+        )
+    )
+
+
+@is_(
+    "an initial window and a closed stream",
+    "has no window any more",
+    "a widened one overflows",
+    "6.9.2",
+    "it changes the windows of streams that are active",
+)
+def _closed_widened(case: Case) -> bool:
+    streams = case.watch.streams.values()
+    return (
+        bool(initial_windows(case))
+        and case.ours.fatal is None
+        and case.theirs.fatal == Code.FLOW_CONTROL_ERROR
+        and any(seen.widened for seen in streams if seen.closed)
+        and not any(seen.widened for seen in streams if not seen.closed)
+    )
+
+
+def initial_windows(case: Case) -> list[int]:
+    """Return each INITIAL_WINDOW_SIZE of a SETTINGS frame."""
+    if case.kind != frames.SETTINGS:
+        return []
+    given = declared_settings(case.payload)
+    return [value for name, value in given if name == frames.INITIAL_WINDOW_SIZE]
+
+
+@is_(
     "WINDOW_UPDATE of a stream by 0",
     "stream error",
     "connection error",

@@ -88,7 +88,7 @@ class Input:
     def __repr__(self) -> str:
         wire = [step.hex() for step in self.steps]
         return (
-            f"client={self.client}, bounds={BOUNDS.index(self.bounds)}, "
+            f"client={self.client}, bounds={BOUNDS.index(self.bounds)}, seed={self.seed}, "
             f"requests={self.requests}, done={self.done}, wire={wire}"
         )
 
