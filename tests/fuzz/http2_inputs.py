@@ -88,8 +88,8 @@ class Input:
     def __repr__(self) -> str:
         wire = [step.hex() for step in self.steps]
         return (
-            f"client={self.client}, bounds={BOUNDS.index(self.bounds)}, seed={self.seed}, "
-            f"requests={self.requests}, done={self.done}, wire={wire}"
+            f"client={self.client}, bounds={BOUNDS.index(self.bounds)}, "
+            f"seed={self.seed}, requests={self.requests}, done={self.done}, wire={wire}"
         )
 
 
