@@ -256,7 +256,7 @@ def unbounded(connection: Connection, given: Input) -> str:
             HARD * bounds.max_header_bytes,
         ),
         "dropped": (len(streams._dropped), 1024),
-        "known": (len(reader._heads) + len(reader._trailers), 128),
+        "known": (reader._heads.size + reader._trailers.size, 128 * 1024),
         "table": (reader._table._current_size, MAX_TABLE_BYTES),
     }
     if not given.client:

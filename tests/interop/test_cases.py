@@ -17,13 +17,13 @@ COMPRESSED = {"client_compressed_unary": 1, "client_compressed_streaming": 1}
 def expanded(monkeypatch) -> list[int]:
     """The sizes of the messages that came compressed."""
     sizes: list[int] = []
-    expand = messages.Reassembly._expanded
+    expand = messages.expanded
 
-    def counted(self, message):
+    def counted(message, most):
         sizes.append(len(message))
-        return expand(self, message)
+        return expand(message, most)
 
-    monkeypatch.setattr(messages.Reassembly, "_expanded", counted)
+    monkeypatch.setattr(messages, "expanded", counted)
     return sizes
 
 

@@ -39,6 +39,12 @@ class Admission:
             self._total += 1
             self._by_principal[principal] = own + 1
 
+    def hold(self, principal: str) -> None:
+        """Count one call in that has been here: its answer is not taken yet."""
+        with self._lock:
+            self._total += 1
+            self._by_principal[principal] += 1
+
     def leave(self, principal: str) -> None:
         """Count one call of `principal` out."""
         with self._lock:

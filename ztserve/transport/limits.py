@@ -24,6 +24,10 @@ class Limits:
     """Calls at once on this server; the next is Overloaded. At most a thread each."""
     max_in_flight_per_principal: int = 48
     """Calls at once of one SPIFFE ID."""
+    max_handshakes: int = 256
+    """Handshakes at once; where one more begins, another is ended, chosen at random."""
+    max_requests_bytes: int = 1 << 30
+    """Of all request messages that are on their way to those who answer."""
     handshake_s: float = 5.0
     """From accepted connection to the end of the TLS handshake."""
     body_s: float = 10.0
@@ -31,7 +35,10 @@ class Limits:
     max_call_s: float = 60.0
     """Longest deadline that a call can ask for; also that of one without any."""
     stream_idle_s: float = 60.0
-    """Between two request messages of a stream, and for one reply to be taken."""
+    """Between two request messages of a stream, and for one reply to be taken.
+
+    Until it is taken, its call is in flight.
+    """
     max_stream_s: float = 600.0
     """One stream, whatever it carries."""
     max_stream_messages: int = 10_000

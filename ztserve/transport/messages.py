@@ -22,6 +22,8 @@ Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 PREFIX_BYTES = 5
 ENCODINGS = "identity,gzip"
 """What we read (grpc-accept-encoding)."""
+MAX_VALUES = 64
+"""Of one binary field (Binary-Header: a comma stands between two)."""
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _CONTENT_TYPE = re.compile(rb"application/grpc(?:[+;].*)?")
@@ -44,10 +46,17 @@ class Unreadable(Exception):
 INTERNAL, UNIMPLEMENTED = 13, 12
 
 
+class Compressed(bytes):
+    """A message as it came, compressed with gzip: `expanded` makes it whole."""
+
+    __slots__ = ()
+
+
 class Reassembly:
     """Makes messages of the pieces of a body (LENGTH-PREFIXED-MESSAGE), in order.
 
-    A message of over `most` bytes, as it is sent or expanded, is InvalidInput.
+    A message of over `most` bytes is InvalidInput. What is `Compressed` stays so: a
+    few bytes may become very many, which is for whoever asks for that message.
     """
 
     __slots__ = ("_buffer", "_gzip", "_most", "_size")
@@ -61,9 +70,9 @@ class Reassembly:
         """Bytes of the message that is coming, its prefix included; -1: unknown."""
 
     @property
-    def is_between(self) -> bool:
-        """Whether no message has begun that is not whole."""
-        return not self._buffer
+    def held(self) -> int:
+        """Bytes of a message that has begun and is not whole."""
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield each message that is whole with `data`.
@@ -84,11 +93,11 @@ class Reassembly:
                 self._size = self._announced() + PREFIX_BYTES
             if len(self._buffer) < self._size:
                 return
-            message = bytes(self._buffer[PREFIX_BYTES : self._size])
-            compressed = bool(self._buffer[0])
+            kind = Compressed if self._buffer[0] else bytes
+            message = kind(self._buffer[PREFIX_BYTES : self._size])
             del self._buffer[: self._size]
             self._size = -1
-            yield self._expanded(message) if compressed else message
+            yield message
 
     def _announced(self) -> int:
         flag = self._buffer[0]
@@ -103,19 +112,24 @@ class Reassembly:
             )
         return size
 
-    def _expanded(self, message: bytes) -> bytes:
-        expander = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        try:
-            whole = expander.decompress(message, self._most + 1)
-        except zlib.error as error:
-            raise Unreadable(INTERNAL, f"not gzip: {error}") from error
-        if len(whole) > self._most:
-            raise InvalidInput(
-                f"the message expands to over {self._most} bytes, which is the limit"
-            )
-        if not expander.eof or expander.unused_data:
-            raise Unreadable(INTERNAL, "gzip that is cut short, or more than gzip")
-        return whole
+
+def expanded(message: Compressed, most: int) -> bytes:
+    """Return a message that came compressed as it was.
+
+    Raises Unreadable, and InvalidInput for one of over `most` bytes.
+    """
+    expander = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        whole = expander.decompress(message, most + 1)
+    except zlib.error as error:
+        raise Unreadable(INTERNAL, f"not gzip: {error}") from error
+    if len(whole) > most:
+        raise InvalidInput(
+            f"the message expands to over {most} bytes, which is the limit"
+        )
+    if not expander.eof or expander.unused_data:
+        raise Unreadable(INTERNAL, "gzip that is cut short, or more than gzip")
+    return whole
 
 
 def framed(message: bytes) -> bytes:
@@ -176,6 +190,10 @@ def metadata(fields: Fields) -> Metadata:
 
 
 def _binary(name: bytes, value: bytes) -> Iterator[bytes]:
+    # A comma is a byte for the caller, and a value for us.
+    if value.count(b",") >= MAX_VALUES:
+        reason = f"{name[:80]!r} has over {MAX_VALUES} values"
+        raise Unreadable(INTERNAL, reason)
     for one in value.split(b","):
         try:
             yield base64.b64decode(one + b"=" * (-len(one) % 4), validate=True)

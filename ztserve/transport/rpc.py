@@ -1,5 +1,6 @@
 """One call on the wire: its messages, and the patience that it is given."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ import grpc
 
 from ztserve.errors import Cancelled, DeadlineExceeded, InvalidInput, ZTServeError
 from ztserve.transport.limits import Limits
+
+_LOG = logging.getLogger(__name__)
 
 SWEEP_S = 0.25
 CUT_S = 0.05
@@ -151,5 +154,8 @@ def _may_go_on(rpc: Rpc) -> bool:
     try:
         rpc.still()
     except ZTServeError:
+        return False
+    except Exception:  # noqa: BLE001 - a fault for one call must not end the sweeps
+        _LOG.exception("a call whose peer could not be judged is ended")
         return False
     return True

@@ -23,12 +23,10 @@ from ztserve.transport.limits import Limits
 from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.visit import Desk, answer, stream
-from ztserve.transport.workers import Workers
+from ztserve.transport.workers import RESERVE, Workers
 
 _LOG = logging.getLogger(__name__)
 
-RESERVE = 16
-"""Threads beyond `max_in_flight`: a call too many is told so, and health is told."""
 SLACK_BYTES = 64 * 1024
 """Between our own limit on a message, which can be explained, and gRPC's."""
 
@@ -72,7 +70,7 @@ class GrpcServer:
         self._unwatch: Callable[[], None] = lambda: None
         self._admission = Admission(limits)
         self._reaper = Reaper()
-        self._workers = Workers()
+        self._workers = Workers(limits.max_in_flight + RESERVE)
         self._credentials: ServerCredentials | None = None
         self._server: grpc.Server | None = None
 

@@ -168,6 +168,7 @@ class Session:
         "_seen",
         "_tls",
         "chain",
+        "ended",
         "established",
         "judged_by",
         "peer",
@@ -187,6 +188,8 @@ class Session:
         """The state of ours by which the peer is judged in the handshake."""
         self._seen: dict[int, x509.Certificate] = {}
         self.established = False
+        self.ended = False
+        """Whether nothing can be read any more, whatever was read last."""
         self.chain: tuple[bytes, ...] = ()
         """The peer's certificates (DER, leaf first), once they were judged."""
         self.peer: Peer | None = None
@@ -225,8 +228,10 @@ class Session:
         except SSL.WantReadError:
             return b"".join(pieces) or None
         except SSL.ZeroReturnError:
+            self.ended = True
             return b"".join(pieces)
         except SSL.Error as error:
+            self.ended = True
             if pieces:
                 return b"".join(pieces)
             raise HandshakeRefused(_cause(error)) from None

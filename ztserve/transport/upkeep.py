@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from functools import partial
 
 from ztserve.errors import (
     DeadlineExceeded,
@@ -16,6 +17,7 @@ from ztserve.errors import (
 from ztserve.transport import directory as door
 from ztserve.transport import protocol
 from ztserve.transport.loop.call import AwaitedCall
+from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.channel import Channel
 from ztserve.transport.retry import Attempts, Budget
 from ztserve.transport.route import Route
@@ -92,7 +94,7 @@ class Upkeep:
                     await self._wake.wait()
             news = self._wake.is_set()
             self._wake.clear()
-            self._tend_once(news=news)
+            guarded(partial(self._tend_once, news=news))
 
     def _tend_once(self, *, news: bool) -> None:
         """See to each channel; `news`: identity, quarantine or addresses changed."""
@@ -109,7 +111,8 @@ class Upkeep:
             route.replicas.keep_only(route.addresses)
         now = time.monotonic()
         for channel in route.replicas:
-            _tend_channel(channel, now, news=news, renewed=renewed)
+            tend = partial(_tend_channel, channel, now, news=news, renewed=renewed)
+            guarded(tend)  # what is wrong with one leaves the others cared for
         self._note_known()
         if self._book is not None:
             _tend_channel(self._book, now, news=news, renewed=renewed)

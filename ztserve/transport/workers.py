@@ -2,11 +2,15 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, TypeAlias
 
 _LOG = logging.getLogger(__name__)
+
+RESERVE = 16
+"""Threads beyond `max_in_flight`: a call too many is told so, and health is told."""
 
 _Job: TypeAlias = tuple["_Ending", Callable[..., Any], tuple[Any, ...]]
 
@@ -66,13 +70,17 @@ class _Worker(threading.Thread):
 class Workers(futures.Executor):
     """A thread pool whose idle threads form a stack: the warmest takes the next call.
 
-    A thread starts whenever none is idle, so there are as many as the server lets
-    calls run at once. There is no queue and no future with its locks, which makes a
-    call cheaper than on a `ThreadPoolExecutor`.
+    A thread starts whenever none is idle, until there are `most`; then jobs wait.
+    There is no future with its locks, which makes a call cheaper than on a
+    `ThreadPoolExecutor`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._idle: list[_Worker] = []
+        self._jobs: deque[_Job] = deque()
+        self._lock = threading.Lock()
+        self._started = 0
         self._closed = False
 
     def submit(  # type: ignore[override]
@@ -81,26 +89,42 @@ class Workers(futures.Executor):
         """Run `function` on a thread; what is returned tells only of its end."""
         ending = _Ending()
         job = (ending, function, arguments)
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            _Worker(self, job).start()
-            return ending
-        worker.job = job
-        worker.turn.release()
+        with self._lock:
+            starts = not self._idle and self._started < self._most
+            self._started += starts
+            if not starts:
+                self._give(job)
+        if starts:
+            try:
+                _Worker(self, job).start()
+            except RuntimeError:  # the system has no thread for us
+                _LOG.warning("no thread could be started; a call waits for another")
+                with self._lock:
+                    self._started -= 1
+                    self._give(job)
         return ending
 
+    def _give(self, job: _Job) -> None:
+        if self._idle:
+            worker = self._idle.pop()
+            worker.job = job
+            worker.turn.release()
+        else:
+            self._jobs.append(job)
+
     def take_back(self, worker: _Worker) -> None:
-        """Have `worker` wait for its next turn, or end where the pool is closed."""
-        self._idle.append(worker)
-        if self._closed:
-            self.close()
+        """Have `worker` do what waits, or wait itself; end where the pool is closed."""
+        with self._lock:
+            self._idle.append(worker)
+            if self._jobs:
+                self._give(self._jobs.popleft())
+            elif self._closed:
+                self._idle.remove(worker)
+                worker.turn.release()
 
     def close(self) -> None:
         """End the idle threads now, the others after their call."""
-        self._closed = True
-        while self._idle:
-            try:
+        with self._lock:
+            self._closed = True
+            while self._idle:
                 self._idle.pop().turn.release()
-            except IndexError:
-                return

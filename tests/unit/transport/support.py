@@ -1,6 +1,8 @@
 """Real servers and raw clients for the tests of transport."""
 
+import socket
 import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -211,3 +213,40 @@ def refused(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, str]:
     """Status, sentence and error name that a stock client sees."""
     known = dict(error.trailing_metadata() or ())
     return error.code(), error.details(), known.get("zt-error", "")
+
+
+def until(fact, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def connected(served, svid=None, *, anonymous=False, most=None):
+    """A TLS connection of Python's own, with a client's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    if most is not None:
+        context.maximum_version = most
+    if not anonymous:
+        svid = svid or served.authority.issue(CLI)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(svid.chain_pem() + svid.key_pem())
+            file.flush()
+            context.load_cert_chain(file.name)
+    raw = socket.create_connection((served.host, served.port), timeout=5)
+    return context.wrap_socket(raw)
+
+
+def closes(connection, seconds=3.0):
+    """Whether the other end closes, within a time."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -30,3 +30,15 @@ def test_health_has_a_reserve_and_that_has_an_end() -> None:
     admission.enter("a", reserve=1)
     with pytest.raises(Overloaded):
         admission.enter("a", reserve=1)
+
+
+def test_what_is_held_counts_as_in_flight_whatever_the_limit():
+    admission = Admission(Limits(max_in_flight=1, max_in_flight_per_principal=1))
+    admission.hold("a")
+    admission.hold("a")
+    assert admission.in_flight == 2
+    with pytest.raises(Overloaded):
+        admission.enter("b")
+    admission.leave("a")
+    admission.leave("a")
+    admission.enter("a")

@@ -801,3 +801,23 @@ def test_nothing_is_given_to_a_loop_that_has_ended() -> None:
         thread.post(print)
     with pytest.raises(errors.Unavailable, match="closed"):
         thread.run(last())
+
+
+def test_a_client_can_be_closed_and_its_server_distrusted_while_it_dials(
+    authority, monkeypatch
+) -> None:
+    async def never(*_, **__):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", never)
+    source = MovingSource(authority.source(CLI).current())
+    client = Client("127.0.0.1:9", source=source, server_id=SERVER)
+    with pytest.raises(errors.DeadlineExceeded):
+        client.ready(timeout_s=0.05)
+    (channel,) = client._route.replicas
+    client._thread.run(_called(channel.distrust)).result(5)
+    client.close()
+
+
+async def _called(action) -> None:
+    action()

@@ -9,7 +9,10 @@ from ztserve.transport.loop.exchange import Exchange
 
 class Wire:
     def __init__(self):
-        self.paid = 0
+        self.paid = self.held = 0
+
+    def hold(self, count):
+        self.held += count
 
     def consumed(self, stream_id, count):
         self.paid += count
@@ -25,3 +28,4 @@ def test_a_call_that_ends_owes_its_connection_nothing(body, ends):
     ends(call)
     ends(call)
     assert wire.paid == len(body)
+    assert wire.held == 0

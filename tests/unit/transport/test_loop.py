@@ -2,8 +2,6 @@
 
 import logging
 import socket
-import ssl
-import tempfile
 import threading
 import time
 
@@ -18,8 +16,11 @@ from tests.unit.transport.support import (
     SERVER,
     STREAM,
     MovingSource,
+    closes,
+    connected,
     message,
     serving,
+    until,
 )
 from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
@@ -27,6 +28,7 @@ from ztserve.transport import Limits
 from ztserve.transport.http2 import frames
 from ztserve.transport.loop import carrier
 from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
+from ztserve.transport.loop.wire import Wire
 
 Code = grpc.StatusCode
 pytestmark = pytest.mark.slow
@@ -35,40 +37,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def told():
     return []
-
-
-def until(fact, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def connected(served, svid=None):
-    """A TLS connection of Python's own, with a client's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
-    svid = svid or served.authority.issue(CLI)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(svid.chain_pem() + svid.key_pem())
-        file.flush()
-        context.load_cert_chain(file.name)
-    raw = socket.create_connection((served.host, served.port), timeout=5)
-    return context.wrap_socket(raw)
-
-
-def closes(connection, seconds=3.0):
-    """Whether the other end closes, within a time."""
-    connection.settimeout(seconds)
-    try:
-        while connection.recv(65536):
-            pass
-    except TimeoutError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def test_each_refused_handshake_is_told_with_cause_and_address(authority, told):
@@ -329,3 +297,16 @@ def _call_data():
     body = message()
     raw = b"\0" + len(body).to_bytes(4, "big") + body
     return frames.frame(frames.DATA, 1, 1, raw)
+
+
+def test_a_fault_in_looking_at_one_connection_is_no_fault_of_the_server(
+    authority, monkeypatch, caplog
+):
+    def fault(*_):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(Wire, "look", fault)
+    with serving(authority) as served, served.channel() as channel:
+        channel.unary_unary(INFER)(message(), timeout=5)
+        until(lambda: "could not be carried" in caplog.text)
+        channel.unary_unary(INFER)(message(), timeout=5)

@@ -1,5 +1,6 @@
 """How long a call may take, and how its messages end."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from ztserve.errors import Cancelled, DeadlineExceeded
 from ztserve.transport import Limits
 from ztserve.transport.loop.exchange import Cut
-from ztserve.transport.rpc import GRACE_S, Rpc
+from ztserve.transport.rpc import GRACE_S, Reaper, Rpc
 
 
 def made(messages, **context) -> Rpc:
@@ -57,3 +58,26 @@ def test_an_end_that_is_sure_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
     assert issubclass(Cut, grpc.RpcError)
     assert made(iter(()), raises_when_cut=True).more() is None
+
+
+@pytest.mark.slow
+def test_a_fault_in_judging_one_call_ends_that_call_and_no_sweep() -> None:
+    def fault() -> None:
+        raise OSError("the audit's disk is full")
+
+    class Call:
+        due = float("inf")
+
+        def __init__(self, still):
+            self.still, self.cancelled = still, threading.Event()
+
+        def cancel(self):
+            self.cancelled.set()
+
+    reaper = Reaper()
+    reaper.start()
+    for _ in range(2):
+        call = Call(fault)
+        reaper.add(call)
+        assert call.cancelled.wait(5)
+    reaper.close()

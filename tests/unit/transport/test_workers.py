@@ -5,7 +5,7 @@ from ztserve.transport.workers import Workers
 
 
 def test_each_job_runs_once_and_tells_its_end_once() -> None:
-    workers, ran, ended = Workers(), [], []
+    workers, ran, ended = Workers(8), [], []
     done = threading.Semaphore(0)
     for number in range(200):
         ending = workers.submit(ran.append, number)
@@ -18,7 +18,7 @@ def test_each_job_runs_once_and_tells_its_end_once() -> None:
 
 
 def test_jobs_run_at_the_same_time_and_threads_are_reused() -> None:
-    workers, together = Workers(), threading.Barrier(5)
+    workers, together = Workers(8), threading.Barrier(5)
     threads, done = set(), threading.Semaphore(0)
 
     def job() -> None:
@@ -36,7 +36,7 @@ def test_jobs_run_at_the_same_time_and_threads_are_reused() -> None:
 
 
 def test_a_job_that_fails_still_ends(capsys) -> None:
-    workers, done = Workers(), threading.Event()
+    workers, done = Workers(8), threading.Event()
     hook, threading.excepthook = threading.excepthook, lambda _: None
     try:
         workers.submit(lambda: 1 / 0).add_done_callback(lambda _: done.set())
@@ -48,7 +48,7 @@ def test_a_job_that_fails_still_ends(capsys) -> None:
 
 
 def test_closed_workers_end_their_threads() -> None:
-    workers = Workers()
+    workers = Workers(8)
     done = threading.Event()
     workers.submit(lambda: None).add_done_callback(lambda _: done.set())
     assert done.wait(5)
@@ -67,7 +67,7 @@ def test_a_job_that_raises_no_exception_leaves_its_thread_to_the_next(caplog):
     def panic():
         raise Panic
 
-    workers = Workers()
+    workers = Workers(8)
     done = threading.Event()
     workers.submit(panic)
     time.sleep(0.1)
@@ -75,3 +75,32 @@ def test_a_job_that_raises_no_exception_leaves_its_thread_to_the_next(caplog):
     assert done.wait(5)
     workers.close()
     assert "ended its thread's work" in caplog.text
+
+
+def test_there_are_no_more_threads_than_may_be_and_jobs_wait_in_order():
+    workers, go, ran = Workers(1), threading.Event(), []
+    done = threading.Semaphore(0)
+    for number in range(20):
+        ending = workers.submit(lambda n=number: (go.wait(5), ran.append(n)))
+        ending.add_done_callback(lambda _: done.release())
+    assert workers._started == 1
+    go.set()
+    for _ in range(20):
+        assert done.acquire(timeout=5)
+    workers.close()
+    assert ran == list(range(20))
+
+
+def test_a_job_for_which_there_is_no_thread_waits_for_one(monkeypatch, caplog):
+    workers, go, done = Workers(8), threading.Event(), threading.Event()
+    workers.submit(go.wait, 5)
+
+    def none(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    workers.submit(done.set)
+    assert "no thread could be started" in caplog.text
+    go.set()
+    assert done.wait(5)
+    workers.close()

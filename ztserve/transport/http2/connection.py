@@ -7,6 +7,8 @@ second. Each error of the peer ends the stream or the connection by the code of 
 section that it offends; after the latter, nothing is read any more.
 """
 
+from collections.abc import Iterable
+
 from ztserve.transport.http2 import frames
 from ztserve.transport.http2.bounds import OF_DATA, OF_STREAM, Allowance, Bounds
 from ztserve.transport.http2.errors import FatalError, StreamError, missized, offence
@@ -29,7 +31,7 @@ from ztserve.transport.http2.fields import (
 )
 from ztserve.transport.http2.frames import Code
 from ztserve.transport.http2.intake import Intake, unpadded
-from ztserve.transport.http2.outbox import Outbox
+from ztserve.transport.http2.outbox import Outbox, Outgoing
 from ztserve.transport.http2.streams import Streams
 
 
@@ -262,6 +264,7 @@ class Connection:
                 self._allowance.idle()
                 return
             stream.has_head, stream.declared = True, head.content_length
+            self._allowance.earn(OF_STREAM)
         if ended:
             self._streams.end_theirs(stream)
         self._events.append(HeadersReceived(stream_id, head, ended))
@@ -302,6 +305,8 @@ class Connection:
             self._allowance.reset()  # a server ends so what it answered early (8.1)
         if self._streams.remove(stream_id):
             self._events.append(StreamReset(stream_id, code, ""))
+        else:
+            self._allowance.idle()
 
     def _on_settings(self, flags: int, _stream_id: int, payload: bytes) -> None:
         self._allowance.settings(len(payload) // 6)
@@ -315,7 +320,7 @@ class Connection:
             name = payload[at] << 8 | payload[at + 1]
             self._on_setting(name, int.from_bytes(payload[at + 2 : at + 6], "big"))
         self._out.add(frames.SETTINGS_ACK)
-        self._flush()
+        self._flush(self._out.waiting())
 
     def _on_setting(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW_SIZE:
@@ -363,8 +368,7 @@ class Connection:
         if stream_id == 0:
             if increment == 0:
                 raise offence("WINDOW_UPDATE by 0")
-            self._out.widen(increment)
-            self._flush()
+            self._flush(self._out.widen(increment))
             return
         self._streams.check_begun("WINDOW_UPDATE", stream_id)
         stream = self._streams.get(stream_id)
@@ -372,12 +376,12 @@ class Connection:
             if increment == 0:
                 raise StreamError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE by 0")
             self._out.widen_stream(stream.out, increment)
-            self._flush()
+            self._flush((stream.out,))
 
     # --- what both kinds of frames need -----------------------------------------
 
-    def _flush(self) -> None:
-        for half in self._out.flush():
+    def _flush(self, halves: Iterable[Outgoing]) -> None:
+        for half in self._out.flush(halves):
             self._events.append(Writable(half.id))
             stream = self._streams.get(half.id)
             if stream is not None and half.ended:

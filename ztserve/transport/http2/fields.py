@@ -32,8 +32,9 @@ _T = TypeVar("_T")
 
 MAX_UPDATES = 2
 """Updates of the table's size in one block (RFC 7541, section 4.2)."""
-MAX_REMEMBERED = 64
-"""Blocks whose meaning is kept, on one connection."""
+MAX_REMEMBERED_BYTES = 64 * 1024
+"""Of heads, and of trailers, whose meaning is kept on one connection; by the size that
+a list of fields has (RFC 9113, section 6.5.2)."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(
@@ -87,8 +88,8 @@ class FieldReader(Generic[_Head]):
         self._most = max_list_bytes
         self._decoder = Decoder(max_header_list_size=HARD * max_list_bytes)
         self._decoder.header_table = self._table = _Table()
-        self._heads: dict[bytes, _Head] = {}
-        self._trailers: dict[bytes, Fields] = {}
+        self._heads: _Known[_Head] = _Known()
+        self._trailers: _Known[Fields] = _Known()
 
     def head(self, block: bytes) -> _Head:
         """Return the head that `block` says. Raises StreamError, FatalError."""
@@ -96,9 +97,10 @@ class FieldReader(Generic[_Head]):
         if known is not None:
             return known
         listed = self._listed(block)
-        self._check_size(block, listed)
+        size = self._checked_size(block, listed)
         found: _Head = self._kind(listed)
-        self._remember(self._heads, block, found)
+        if not self._table.changed:
+            self._heads.keep(block, found, size)
         return found
 
     def trailers(self, block: bytes) -> Fields:
@@ -107,24 +109,20 @@ class FieldReader(Generic[_Head]):
         if known is not None:
             return known
         listed = self._listed(block)
-        self._check_size(block, listed)
+        size = self._checked_size(block, listed)
         for name, value in listed:
             _check(name, value)
         found = tuple(listed)
-        self._remember(self._trailers, block, found)
+        if not self._table.changed:
+            self._trailers.keep(block, found, size)
         return found
 
-    def _remember(self, known: dict[bytes, _T], block: bytes, found: _T) -> None:
-        if not self._table.changed:
-            if len(known) >= MAX_REMEMBERED:
-                known.clear()
-            known[block] = found
-
-    def _check_size(self, block: bytes, listed: list[tuple[bytes, bytes]]) -> None:
+    def _checked_size(self, block: bytes, listed: list[tuple[bytes, bytes]]) -> int:
         size = sum(len(name) + len(value) + 32 for name, value in listed)
         if max(size, len(block)) > self._most:
             reason = f"header fields of {size} bytes, at most {self._most}"
             raise StreamError(Code.ENHANCE_YOUR_CALM, reason)
+        return max(size, len(block))
 
     def skip(self, block: bytes) -> None:
         """Read a block for the table's sake alone. Raises FatalError."""
@@ -143,9 +141,31 @@ class FieldReader(Generic[_Head]):
             reason = "a header block that cannot be read"
             raise FatalError(Code.COMPRESSION_ERROR, reason) from error
         if self._table.changed:
-            self._heads.clear()
-            self._trailers.clear()
+            self._heads.forget()
+            self._trailers.forget()
         return [(bytes(name), bytes(value)) for name, value in listed]
+
+
+class _Known(Generic[_T]):
+    """What blocks mean, by their bytes."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, _T] = {}
+        self.size = 0
+        """Of all of them, as their lists have it."""
+        self.get = self._found.get
+
+    def keep(self, block: bytes, found: _T, size: int) -> None:
+        """Remember one; where they become too large, all others are forgotten."""
+        if self.size + size > MAX_REMEMBERED_BYTES:
+            self.forget()
+        self._found[block] = found
+        self.size += size
+
+    def forget(self) -> None:
+        """Forget all."""
+        self._found.clear()
+        self.size = 0
 
 
 class _Table(HeaderTable):

@@ -124,21 +124,32 @@ class Outbox:
 
     # --- what the peer allows ---------------------------------------------------
 
-    def flush(self) -> list[Outgoing]:
+    # Each of these looks at just the streams that may now go on: an update is a few
+    # bytes, and may come often.
+
+    def flush(self, halves: Iterable[Outgoing]) -> list[Outgoing]:
         """Send what there is room for, each stream in turn; return those now done."""
-        waiting = list(self._blocked.values())
-        sent = True
-        while sent and self._blocked and self._window > 0:
-            sent = False
-            for half in list(self._blocked.values()):
-                sent = self._flush(half, _TURN_BYTES) or sent
+        waiting = [half for half in halves if half.id in self._blocked]
+        turn = waiting
+        while turn and self._window > 0:
+            sent = [half for half in turn if self._flush(half, _TURN_BYTES)]
+            turn = [half for half in sent if half.id in self._blocked]
         return [half for half in waiting if half.id not in self._blocked]
 
-    def widen(self, increment: int) -> None:
-        """Let all streams together send more. Raises FatalError."""
+    def waiting(self) -> list[Outgoing]:
+        """Return the streams that wait for room in a window."""
+        return list(self._blocked.values())
+
+    def widen(self, increment: int) -> list[Outgoing]:
+        """Let all streams together send more; return those that waited for it.
+
+        Raises FatalError.
+        """
+        waited = self.waiting() if self._window <= 0 else []
         self._window += increment
         if self._window > frames.MOST_WINDOW:
             raise FatalError(Code.FLOW_CONTROL_ERROR, "a window overflows")
+        return waited
 
     def widen_stream(self, half: Outgoing, increment: int) -> None:
         """Let one stream send more. Raises StreamError."""

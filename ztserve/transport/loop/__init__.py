@@ -1,4 +1,4 @@
-"""Connections of our own, TLS and HTTP/2 and gRPC: the server's loop, the clients' links.
+"""Connections of our own, TLS, HTTP/2 and gRPC: a server's loop and clients' links.
 
 Short calls are answered by the thread that leads the server's loop, others elsewhere;
 what they send goes to the loop, which writes to each connection once a turn. Nothing a

@@ -98,7 +98,7 @@ class ClientCall(ABC):
                 return
             if ended:
                 self._read_end(head.fields)
-        elif not self._body.is_between:
+        elif self._body.held:
             self._broken("the answer ends within a message")
         else:
             self._read_end(head)

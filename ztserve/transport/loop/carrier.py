@@ -86,7 +86,7 @@ class Carrier(asyncio.Protocol):
         if plain:
             self._take(self._http2.receive(plain))
             self.flush()
-        elif plain is not None:
+        if self._session.ended:  # what came before it has been taken
             self._close()
 
     def eof_received(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
-from ztserve.errors import InvalidInput, ZTServeError
+from ztserve.errors import InvalidInput, Overloaded, ZTServeError
 from ztserve.transport import messages
 from ztserve.transport.http2 import Block, Request
 
@@ -44,6 +44,7 @@ class Exchange:
         self.stream_id = stream_id
         self._wire = wire
         self._metadata = messages.metadata(request.fields)
+        self._most = most
         self._body = messages.Reassembly(most, gzip=messages.is_gzip(request.fields))
         timeout = messages.timeout_s(request.fields)
         self._due = None if timeout is None else time.monotonic() + timeout
@@ -52,7 +53,11 @@ class Exchange:
         self._ready = threading.Condition()
         self._waiting = False
         self._owed = 0
+        self._held = 0
+        """Bytes that arrived and are not with the thread, as `wire.hold` knows them."""
         self._cut = self._ended = False
+        self._faulty = False
+        """Whether what arrived cannot be taken; so nor can what follows."""
         self._over = False
         self._trailers: tuple[tuple[str, str], ...] = ()
         self._posted = 0
@@ -69,14 +74,20 @@ class Exchange:
     def feed(self, data: bytes) -> None:
         """Take a piece of the body."""
         self._owed += len(data)
+        if self._faulty:
+            return
         found: list[bytes | ZTServeError | None] = []
         try:
+            self._hold(self._held + len(data))
             found.extend(self._body.feed(data))
+        except Overloaded as error:
+            found.append(error)
         except InvalidInput as error:
             found.append(error)
         except messages.Unreadable as error:
-            found.append(InvalidInput(f"the request is not gRPC: {error.reason}"))
+            found.append(_no_grpc(error))
         if found:
+            self._faulty = isinstance(found[-1], ZTServeError)
             self._arrive(found)
         elif self._waiting:
             self._pay()
@@ -84,7 +95,7 @@ class Exchange:
     def end(self) -> None:
         """Note that the caller sends no more."""
         self._ended = True
-        whole = self._body.is_between
+        whole = not self._body.held
         self._arrive([None if whole else InvalidInput("a message is cut short")])
 
     @property
@@ -97,7 +108,7 @@ class Exchange:
         with self._ready:
             self._cut = self._over = True
             self._ready.notify()
-        self._pay()
+        self._let_go()
 
     def sent(self, size: int, unsent: int) -> None:
         """Note that `size` bytes went to the stream, of which `unsent` wait there."""
@@ -119,9 +130,21 @@ class Exchange:
 
     def _pay(self) -> None:
         """Let the caller send as much as we have dealt with; on the loop."""
+        if not self._arrived and not self._over:
+            self._hold(self._body.held)
         owed, self._owed = self._owed, 0
         if owed:
             self._wire.consumed(self.stream_id, owed)
+
+    def _hold(self, count: int) -> None:
+        """Have so many bytes. Raises Overloaded where all calls have too many."""
+        self._wire.hold(count - self._held)
+        self._held = count
+
+    def _let_go(self) -> None:
+        self._wire.hold(-self._held)
+        self._held = 0
+        self._pay()
 
     # --- what `visit` asks of a gRPC context ------------------------------------
 
@@ -161,7 +184,7 @@ class Exchange:
     # --- the answering thread's side --------------------------------------------
 
     def messages(self) -> Iterator[bytes]:
-        """Yield the caller's messages; wait for each. Raises Cut, InvalidInput."""
+        """Yield the caller's messages; wait for each. Raises Cut, CallError."""
         while True:
             with self._ready:
                 if not self._arrived and not self._cut:
@@ -176,7 +199,17 @@ class Exchange:
                 return
             if isinstance(item, ZTServeError):
                 raise item
-            yield item
+            yield self._expanded(item)
+
+    def _expanded(self, message: bytes) -> bytes:
+        # Here and one by one: on the loop, few bytes would hold up all others, and
+        # what nobody has asked for yet would be held many times over.
+        if not isinstance(message, messages.Compressed):
+            return message
+        try:
+            return messages.expanded(message, self._most)
+        except messages.Unreadable as error:
+            raise _no_grpc(error) from error
 
     def trailers(self) -> Block:
         """Return the end of a call that was aborted."""
@@ -200,4 +233,8 @@ class Exchange:
         What it still owes is the connection's: unpaid, later calls would wait for it.
         """
         self._over = True
-        self._pay()
+        self._let_go()
+
+
+def _no_grpc(error: messages.Unreadable) -> InvalidInput:
+    return InvalidInput(f"the request is not gRPC: {error.reason}")

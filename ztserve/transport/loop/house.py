@@ -1,11 +1,16 @@
 """What all connections of one server share."""
 
+import random
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from ztserve.errors import Overloaded
+from ztserve.transport.admission import Admission
 from ztserve.transport.http2 import Bounds
 from ztserve.transport.limits import Limits
+from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.credentials import LoopCredentials
 from ztserve.transport.methods import Method
 from ztserve.transport.tls import Ends
@@ -16,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_OF_ONE_ADDRESS = 256
 """Connections of one address, of all that there may be."""
+STEPS = 4
+"""Of handshakes, in one turn of the loop: a step costs as much as several calls."""
 
 
 Arrived: TypeAlias = "tuple[Method, Exchange, Wire]"
@@ -38,6 +45,7 @@ class House:
         ends: Ends,
         credentials: LoopCredentials,
         methods: dict[bytes, Method],
+        admission: Admission,
         answer: Answer,
         refused: Callable[[str, str], None],
     ) -> None:
@@ -45,6 +53,7 @@ class House:
         self.ends = ends
         self.credentials = credentials
         self.methods = methods
+        self.admission = admission
         self.answer = answer
         self.refused = refused
         """Told the cause of a refused handshake, and the address."""
@@ -54,10 +63,19 @@ class House:
         )
         self.wires: set[Wire] = set()
         self._by_address: Counter[str] = Counter()
+        self._strangers: dict[Wire, str] = {}
+        """Connections whose handshake is not done, and their addresses."""
+        self._steps: dict[Wire, bytes] = {}
+        """What they sent, and whose turn has not come yet."""
+        self._stepping = False
+        self._held = 0
+        """Bytes of requests that are on their way to those who answer."""
         self._fresh: list[Arrived] = []
         self._jobs: deque[list[Arrived]] = deque()
         self.soon: Callable[..., object]
         """Have something done later in this turn of the loop."""
+        self.next_turn: Callable[..., object]
+        """Have something done after what arrives until then."""
         self.post: Callable[..., object]
         """Have something done on the loop; from any thread."""
 
@@ -81,18 +99,61 @@ class House:
         return True
 
     def enter(self, wire: "Wire", address: str) -> bool:
-        """Count a connection in; return whether there is a place for it."""
-        most = self.limits.max_connections
-        if len(self.wires) >= most or self._by_address[address] >= min(
-            most, MAX_OF_ONE_ADDRESS
+        """Count a connection in; return whether there is a place for it.
+
+        Whoever has not shown a certificate keeps no place from others.
+        """
+        limits, strangers = self.limits, self._strangers
+        crowded = self._by_address[address] >= MAX_OF_ONE_ADDRESS
+        if (
+            crowded
+            or len(self.wires) >= limits.max_connections
+            or len(strangers) >= limits.max_handshakes
         ):
-            return False
+            rivals = [
+                one for one, at in strangers.items() if at == address or not crowded
+            ]
+            if not rivals:
+                return False
+            # By chance: of a fast flood, the oldest would be who came before it.
+            random.choice(rivals).give_way()  # noqa: S311
         self.wires.add(wire)
+        self._strangers[wire] = address
         self._by_address[address] += 1
         return True
 
+    def known(self, wire: "Wire") -> None:
+        """Note that the handshake of a connection is done."""
+        self._strangers.pop(wire, None)
+
+    def take_turn(self, wire: "Wire", data: bytes) -> None:
+        """Have a step of a handshake done by `data`, when it is its turn."""
+        if not self._stepping:
+            self._stepping = True
+            self.soon(self._take_steps)
+        self._steps[wire] = data
+
+    def _take_steps(self) -> None:
+        for wire in list(islice(self._steps, STEPS)):
+            guarded(wire.step, self._steps.pop(wire))
+        self._stepping = bool(self._steps)
+        if self._stepping:
+            self.next_turn(self._take_steps)
+
+    def hold(self, count: int) -> None:
+        """Count bytes of requests in, or out. Raises Overloaded for too many."""
+        most = self.limits.max_requests_bytes
+        if count > 0 and self._held + count > most:
+            raise Overloaded(
+                "this server has all the requests that it can hold; try again later",
+                f"{self._held} bytes of requests are here, the limit is {most}",
+            )
+        self._held += count
+
     def leave(self, wire: "Wire", address: str) -> None:
         """Count a connection out."""
+        self._strangers.pop(wire, None)
+        self._steps.pop(wire, None)
         self.wires.discard(wire)
         self._by_address[address] -= 1
         if not self._by_address[address]:

@@ -4,6 +4,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 from ztserve.errors import ConfigError
 from ztserve.identity import JwtProof, Quarantine, Source
@@ -11,6 +12,7 @@ from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.limits import Limits
 from ztserve.transport.loop.answers import Answers
+from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.credentials import LoopCredentials
 from ztserve.transport.loop.house import House
 from ztserve.transport.loop.reactor import Reactor
@@ -20,7 +22,7 @@ from ztserve.transport.methods import Method
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.tls import Ends
 from ztserve.transport.visit import Desk
-from ztserve.transport.workers import Workers
+from ztserve.transport.workers import RESERVE, Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class Server:
         self._reaper = Reaper()
         self._refusals = RefusedHandshakes(self._report)
         self._unsubscribe: list[Callable[[], None]] = []
-        self._workers = Workers()
+        self._workers = Workers(limits.max_in_flight + RESERVE)
         self._house: House | None = None
         self._desk: Desk
         self._reactor: Reactor
@@ -115,6 +117,7 @@ class Server:
             limits=self._limits,
             ends=ends,
             credentials=credentials,
+            admission=self._admission,
             methods={one.path.encode(): one for one in self._methods},
             answer=answers,
             refused=self._refusals.add,
@@ -122,6 +125,7 @@ class Server:
         self._reactor = reactor = Reactor(listener, lambda: Wire(house), house.dispatch)
         answers.reactor = reactor
         house.soon, house.post = reactor.soon, reactor.post
+        house.next_turn = partial(reactor.later, 0.0)
         self._unsubscribe = [
             one.subscribe(self._judge_soon)
             for one in (self._source, self._quarantine)
@@ -157,7 +161,7 @@ class Server:
         self._reactor.later(LOOK_S, self._look, house)
         now = time.monotonic()
         for wire in list(house.wires):
-            wire.look(now)
+            guarded(wire.look, now)
         if self._refusals:
             # On another thread: whoever is told may write to a disk.
             self._workers.submit(self._refusals.tell)
@@ -175,7 +179,7 @@ class Server:
     def _judge(self) -> None:
         house = self._house
         for wire in list(house.wires) if house is not None else ():
-            wire.judge()
+            guarded(wire.judge)
 
     def _report(self, cause: str, count: int, address: str) -> None:
         if self._on_handshake_refused is not None:

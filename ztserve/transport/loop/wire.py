@@ -38,6 +38,12 @@ class Wire(Carrier):
         """Who is at the other end, for the credentials to judge."""
         self.peer = ""
         self._address = ""
+        self.hold = house.hold
+        """Count bytes of requests that arrived, or went on."""
+        self._answered: list[int] = []
+        """Streams whose answer was written since we last looked whether it left."""
+        self._untaken: dict[int, float] = {}
+        """Streams whose answer the client has not taken whole; until when it may."""
         self.post = house.post
         """Have something done on the loop."""
 
@@ -53,6 +59,7 @@ class Wire(Carrier):
         else:
             self.peer = f"ipv4:{host}:{port}"
         house = self._house
+        self._expires = time.monotonic() + house.limits.handshake_s
         if not house.enter(self, self._address):
             self._lost = True
             house.refused("too many connections", self._address)
@@ -61,10 +68,34 @@ class Wire(Carrier):
         try:
             self._session = house.ends.accept(house.credentials.check)
         except Unavailable as error:
+            self._closing = True
             house.refused(error.public, self._address)
             self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; those of a handshake when it is their turn."""
+        if self._http2 is not None or self._closing:
+            super().data_received(data)
             return
-        self._expires = time.monotonic() + house.limits.handshake_s
+        self._transport.pause_reading()
+        self._house.take_turn(self, data)
+
+    def step(self, data: bytes) -> None:
+        """Go on with the handshake."""
+        try:
+            super().data_received(data)
+        except BaseException:
+            self._transport.abort()
+            raise
+        if not self._closing:
+            self._transport.resume_reading()
+
+    def give_way(self) -> None:
+        """Close, before the handshake is done, for others to have the place."""
+        self._closing = True
+        self._house.refused("too many handshakes at once", self._address)
+        self._transport.abort()
+        self.connection_lost(None)  # which asyncio tells only later, and once more
 
     def connection_lost(self, error: Exception | None) -> None:
         """End what is being answered."""
@@ -74,6 +105,8 @@ class Wire(Carrier):
             self._house.refused("connection closed in the handshake", self._address)
         self._lost = self._closing = True
         self._house.leave(self, self._address)
+        for stream_id in list(self._untaken):
+            self._taken(stream_id)
         for call in list(self._calls.values()):
             call.cut()
 
@@ -86,6 +119,7 @@ class Wire(Carrier):
         """Read again."""
         self._stuck = NEVER
         self._transport.resume_reading()
+        self._settle()
 
     # --- what the house tells ---------------------------------------------------
 
@@ -104,6 +138,9 @@ class Wire(Carrier):
         if http2 is not None:
             http2.refresh()
             self._ask(http2, now - self._heard)
+            for stream_id in [one for one, due in self._untaken.items() if now > due]:
+                http2.reset(stream_id, Code.CANCEL)
+                self.flush()
             self.judge()
             if now > self._retires and not self._leaving:
                 self.drain(final=self._warned)
@@ -189,6 +226,7 @@ class Wire(Carrier):
             self._house.refused(refused.cause, self._address)
 
     def _begun(self) -> None:
+        self._house.known(self)
         session = self._session  # whose verdict need not be found a second time
         self.visitor = Visitor(session.chain, session.peer, session.judged_by)
 
@@ -258,3 +296,31 @@ class Wire(Carrier):
         call = self._calls.pop(stream_id, None)
         if call is not None:
             call.finish()
+            self._answered.append(stream_id)
+
+    def _write(self) -> None:
+        super()._write()
+        self._settle()
+
+    def _settle(self) -> None:
+        """See which answers have left: those that have not are in flight still.
+
+        Or a caller that takes nothing could have us hold one answer after the other.
+        """
+        http2, answered, self._answered = self._http2, self._answered, []
+        peer, stuck = self.visitor.peer, self._stuck < NEVER
+        if http2 is None or peer is None or self._lost:
+            return
+        for stream_id in answered:
+            if stuck or http2.unsent(stream_id):
+                due = time.monotonic() + self._house.limits.stream_idle_s
+                self._untaken[stream_id] = due
+                self._house.admission.hold(peer.id)
+        if self._untaken and not stuck:
+            for stream_id in [one for one in self._untaken if not http2.unsent(one)]:
+                self._taken(stream_id)
+
+    def _taken(self, stream_id: int) -> None:
+        del self._untaken[stream_id]
+        if self.visitor.peer is not None:
+            self._house.admission.leave(self.visitor.peer.id)

@@ -32,6 +32,7 @@ from ztserve.transport.http2 import (
     encode,
     frames,
 )
+from ztserve.transport.http2.fields import MAX_REMEMBERED_BYTES
 
 # --- whole exchanges ----------------------------------------------------------------
 
@@ -794,33 +795,33 @@ def test_s10_5a_the_streams_that_are_remembered_as_reset_are_bounded():
 
 def test_s10_5a_blocks_that_are_remembered_are_bounded_and_end_with_the_table():
     server = opened()
-    for n in range(200):
+    for n in range(600):
         fields = encode((*REQUEST, (b"x", b"%d" % n)))
         server.receive(headers(2 * n + 1, block=fields, end=True))
         server.headers(2 * n + 1, ANSWER, end=True)
-    assert 0 < len(server._reader._heads) <= 64
+    assert 0 < server._reader._heads.size <= MAX_REMEMBERED_BYTES
     from hpack import Encoder
 
-    raw = headers(1001, block=Encoder().encode((*REQUEST, (b"new", b"entry"))))
+    raw = headers(2001, block=Encoder().encode((*REQUEST, (b"new", b"entry"))))
     (event,) = server.receive(raw)
     assert event.head.fields[-1] == (b"new", b"entry")
-    assert server._reader._heads == {}
+    assert server._reader._heads.size == 0
 
 
 def test_s10_5a_trailers_that_are_remembered_are_bounded_and_end_with_the_table():
     client = dialled()
     block = b"\x40\x01x\x01a"  # x: a, added to the table
-    for n in range(100):
+    for n in range(2500):
         stream = client.request(OPEN)
         client.receive(headers(stream, block=ANSWER))
         trailers = encode(((b"y", b"%d" % n),))
         client.receive(headers(stream, block=trailers, end=True))
     known = client._reader._trailers
-    assert 0 < len(known) <= 64
+    assert 0 < known.size <= MAX_REMEMBERED_BYTES
     stream = client.request(OPEN)
     client.receive(headers(stream, block=ANSWER))
     client.receive(headers(stream, block=block, end=True))
-    assert known == {}
+    assert known.size == 0
     means = []
     for added in (b"", b"\x40\x01x\x01b"):
         stream = client.request(OPEN)
@@ -882,3 +883,18 @@ def test_one_frame_of_settings_does_not_hold_us_up():
     assert not server.over
     raw = frames.frame(frames.SETTINGS, 0, 0, many)
     assert ends(server, raw, Code.ENHANCE_YOUR_CALM, "in one frame")
+
+
+def test_s6_9a_streams_that_wait_for_either_window_go_on_when_it_widens():
+    server = opened()
+    server.receive(frames.settings({frames.INITIAL_WINDOW_SIZE: 70_000}))
+    for stream in (1, 3):
+        server.receive(headers(stream, block=OPEN, end=True))
+        server.headers(stream, ANSWER)
+        server.data(stream, bytes(80_000), end=True)
+    assert [server.unsent(1), server.unsent(3)] == [80_000 - 65_535, 80_000]
+    assert server.receive(frames.window_update(3, 10_000)) == []
+    server.receive(frames.window_update(0, 100_000))  # both waited for this one
+    assert [server.unsent(1), server.unsent(3)] == [10_000, 80_000 - 80_000]
+    assert server.receive(frames.window_update(0, 100_000)) == []
+    assert server.receive(frames.window_update(1, 10_000)) == [Writable(1)]
