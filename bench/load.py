@@ -19,15 +19,16 @@ import time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+T = TypeVar("T")
 BUILD = Path(__file__).parent / "build"
-CASES = {"1x1": (1, 1), "32x1": (32, 1), "1x32": (1, 32)}
+CASES = ("1x1", "32x1", "1x32")
 """Connections x calls in flight on each."""
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 INSTALL = (
@@ -65,9 +66,9 @@ class Arm:
         """Where the generators send their calls."""
         return f"{'https' if self.cert else 'http'}://{self.address}{self.path}"
 
-    def cases(self) -> list[str]:
-        """Return the cases this arm can run: HTTP/1.1 carries one call at a time."""
-        return [c for c, (_, m) in CASES.items() if self.protocol == "grpc" or m == 1]
+    def takes(self, case: str) -> bool:
+        """Return whether this arm can run `case`: HTTP/1.1 carries one call a time."""
+        return self.protocol == "grpc" or case.endswith("x1")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def busy_s() -> float:
     return (user + nice + system + irq + softirq) * TICK_S
 
 
-def patiently(ask: Callable[[], bytes]) -> bytes:
+def patiently(ask: Callable[[], T]) -> T:
     """Ask until there is an answer: proxies learn of a deployment a little later."""
     deadline = time.monotonic() + 60
     while True:
@@ -166,7 +167,7 @@ def patiently(ask: Callable[[], bytes]) -> bytes:
 
 def run(arm: Arm, case: str, seconds: int) -> Sample:
     """Load `arm` for `seconds`; raise LoadError unless all calls went well."""
-    connections, streams = CASES[case]
+    connections, streams = map(int, case.split("x"))
     with tempfile.TemporaryDirectory(prefix="ztserve-bench-") as scratch:
         if arm.protocol == "grpc":
             return _h2load(arm, connections, streams, seconds, Path(scratch))
@@ -209,9 +210,10 @@ wrk.body = file:read("*a")
 done = function(summary, latency, requests)
   local e = summary.errors
   io.write(string.format(
-    '\\nRESULT {{"rps": %f, "p50": %f, "p99": %f, "bad": %d}}\\n',
+    '\\nRESULT {{"rps": %f, "p50": %f, "p99": %f, "bad": %d, "short": %s}}\\n',
     summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout))
+    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout,
+    tostring(summary.bytes < summary.requests * {reply_bytes})))
 end
 """
 
@@ -221,12 +223,16 @@ def _wrk(arm: Arm, connections: int, seconds: int, scratch: Path) -> Sample:
     body.write_bytes(bytes.fromhex(arm.body))
     pairs = [header.split(": ", 1) for header in arm.headers]
     headers = "\n".join(f'wrk.headers["{name}"] = "{v}"' for name, v in pairs)
-    script.write_text(_WRK_SCRIPT.format(body=body, headers=headers))
+    parts = {"body": body, "headers": headers, "reply_bytes": arm.reply_bytes}
+    script.write_text(_WRK_SCRIPT.format(**parts))
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"-s{script}"]
     watched = _watch(arm, [*command, arm.url], seconds)
     result = json.loads(_find(r"RESULT (.*)", watched.output, arm))
-    if result["bad"] or not result["rps"]:
-        raise LoadError(f"{arm.name}: {result['bad']} calls failed:\n{watched.output}")
+    if result["bad"] or result["short"] or not result["rps"]:
+        raise LoadError(
+            f"{arm.name}: {result['bad']} calls failed"
+            f"{', or were short' * result['short']}:\n{watched.output}"
+        )
     return watched.sample(result["rps"], result["p50"], result["p99"])
 
 

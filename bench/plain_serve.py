@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from bench.load import LoadError
-from bench.oip import add_servicer
+from bench.oip import INFER, add_servicer
+from bench.question import Question
 from ztserve.transport.v1.inference_pb2 import ModelInferRequest, ModelInferResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -74,9 +77,16 @@ def judge(arm: str, probabilities: bytes) -> None:
         raise LoadError(f"{arm} gives another answer than the model")
 
 
-def judge_message(arm: str, reply: bytes) -> None:
-    """Raise LoadError unless `arm` answered with the right ModelInferResponse."""
-    judge(arm, ModelInferResponse.FromString(reply).raw_output_contents[0])
+def judge_messages(arm: str, messages: Sequence[bytes]) -> None:
+    """Raise LoadError unless `arm` answered with one right ModelInferResponse."""
+    if len(messages) != 1:
+        raise LoadError(f"{arm} answers with {len(messages)} messages")
+    judge(arm, ModelInferResponse.FromString(messages[0]).raw_output_contents[0])
+
+
+def question() -> Question:
+    """Return what the arms are asked."""
+    return Question(INFER, request_bytes(), ROW.tobytes(), judge, judge_messages)
 
 
 class Plain:

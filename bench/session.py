@@ -1,9 +1,9 @@
 """One Ray session that holds the arms named on its command line.
 
-``python -m bench.session ARM...`` prints a line of JSON, the arms as they can be
-loaded, when all have answered rightly; it ends, and everything it started with it,
-when its standard input does. `Session` starts it in a home, and with a Ray token, of
-its own.
+``python -m bench.session one|stream ARM...`` prints a line of JSON, the arms as they
+can be loaded, when all have answered rightly; it ends, and everything it started with
+it, when its standard input does. `Session` starts it in a home, and with a Ray token,
+of its own.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
 from bench.load import Arm, LoadError, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from bench.question import Question
+
 READY = "ARMS "
 START_S = 180
 SESSIONS = (
     ("serve-http", "serve-grpc", "grpc-bare-ray", "ztserve", "ztserve-https"),
-    ("serve-haproxy",),
+    ("serve-haproxy", "serve-haproxy-sync"),
 )
 """The arms by the Ray session that they live in; both sessions live at once."""
 
@@ -40,16 +44,16 @@ SESSIONS = (
 class Session:
     """A child process with a Ray session, as seen by the bench."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], asked: str = "one") -> None:
         self._home = tempfile.TemporaryDirectory(prefix="ztb-", dir="/tmp")
         self._log = Path(self._home.name) / "log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.session", *names],
+                [sys.executable, "-m", "bench.session", asked, *names],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(self._home.name, haproxy="serve-haproxy" in names),
+                env=environment(self._home.name, haproxy=names[0] in SESSIONS[1]),
                 start_new_session=True,
                 text=True,
             )
@@ -164,48 +168,42 @@ def _manager(pid: int) -> int:
 # --- inside the child -------------------------------------------------------------
 
 
-def _http_arm(name: str, port: int, replica: int) -> Arm:
-    from bench.plain_serve import ROW, judge
-
-    url = f"http://127.0.0.1:{port}/"
-    body = ROW.tobytes()
+def _http_arm(
+    name: str, port: int, replica: int, question: Question, path: str = "/"
+) -> Arm:
+    url = f"http://127.0.0.1:{port}{path}"
+    body = question.body
     reply = patiently(lambda: urllib.request.urlopen(url, body, timeout=5).read())
-    judge(name, reply)
+    question.judge(name, reply)
     pids = (replica, *listeners(port))
-    return Arm(name, "http", f"127.0.0.1:{port}", "/", body.hex(), len(reply), pids)
+    return Arm(name, "http", f"127.0.0.1:{port}", path, body.hex(), len(reply), pids)
 
 
-def _grpc_arm(name: str, address: str, pids: tuple[int, ...]) -> Arm:
-    import grpc
-
-    from bench.oip import INFER
-    from bench.plain_serve import judge_message, request_bytes
-
-    body = request_bytes()
-
-    def ask() -> bytes:
+def _grpc_arm(
+    name: str, address: str, pids: tuple[int, ...], question: Question
+) -> Arm:
+    def ask() -> int:
         with grpc.insecure_channel(address) as channel:
-            stub = channel.unary_unary(INFER, bytes, bytes)
-            return bytes(stub(body, timeout=5))
+            return question.put(name, channel)
 
-    reply = patiently(ask)
-    judge_message(name, reply)
-    return Arm(name, "grpc", address, INFER, body.hex(), len(reply), pids)
+    size, body = patiently(ask), question.message.hex()
+    return Arm(name, "grpc", address, question.rpc, body, size, pids)
 
 
-def _plain_arms(names: Sequence[str]) -> list[Arm]:
+def _plain_arms(names: Sequence[str], question: Question, answering: type) -> list[Arm]:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
     from ray.serve.schema import LoggingConfig
 
-    from bench.oip import SERVICER
-    from bench.plain_serve import Bare, Plain
+    from bench.oip import SERVICERS
+    from bench.pieces import SYNC_PATH
+    from bench.plain_serve import Bare
 
     http, grpc_port = free_port(), free_port()
     quiet = LoggingConfig(enable_access_log=False)
     serve.start(
         http_options=HTTPOptions(host="127.0.0.1", port=http),
-        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICER]),
+        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[*SERVICERS]),
         logging_config=quiet,
     )
     options: dict[str, Any] = {
@@ -214,30 +212,37 @@ def _plain_arms(names: Sequence[str]) -> list[Arm]:
         "logging_config": quiet,
     }
     arms = []
-    if {"serve-http", "serve-grpc", "serve-haproxy"} & set(names):
-        app = serve.deployment(**options)(Plain).bind()
+    if {"serve-http", "serve-grpc", *SESSIONS[1]} & set(names):
+        app = serve.deployment(**options)(answering).bind()
         handle = serve.run(app, name="plain", route_prefix="/")
         replica = handle.pid.remote().result()
         for name in names:
             if name in ("serve-http", "serve-haproxy"):
-                arms.append(_http_arm(name, http, replica))
+                arms.append(_http_arm(name, http, replica, question))
+        if "serve-haproxy-sync" in names:
+            there = "serve-haproxy-sync", http, replica, question
+            arms.append(_http_arm(*there, path=SYNC_PATH))
         if "serve-grpc" in names:
             pids = (replica, *listeners(grpc_port))
-            arms.append(_grpc_arm("serve-grpc", f"127.0.0.1:{grpc_port}", pids))
+            address = f"127.0.0.1:{grpc_port}"
+            arms.append(_grpc_arm("serve-grpc", address, pids, question))
     if "grpc-bare-ray" in names:
         app = serve.deployment(**options)(Bare).bind()
         handle = serve.run(app, name="bare", route_prefix=None)
         pid, address = handle.place.remote().result()
-        arms.append(_grpc_arm("grpc-bare-ray", address, (pid,)))
+        arms.append(_grpc_arm("grpc-bare-ray", address, (pid,), question))
     return arms
 
 
-def main(names: Sequence[str]) -> None:
+def main(asked: str, names: Sequence[str]) -> None:
     """Start the arms, say so on standard output, wait for the end of the input."""
     import ray
 
-    from bench import ztserve_arm
+    from bench import pieces, plain_serve, ztserve_arm
 
+    stream = asked == "stream"
+    question = (pieces if stream else plain_serve).question()
+    plain = pieces.PlainWords if stream else plain_serve.Plain
     home = Path(os.environ["HOME"])
     ours = {"ztserve", "ztserve-https"} & set(names)
     if ours:
@@ -252,9 +257,9 @@ def main(names: Sequence[str]) -> None:
             log_to_driver=False,
             _temp_dir=str(home / "ray"),
         )
-        arms = _plain_arms(names)
+        arms = _plain_arms(names, question, plain)
         if ours:
-            direct = ztserve_arm.deploy(home / "svid")
+            direct = ztserve_arm.deploy(home / "svid", question, stream=stream)
             arms += [direct] if "ztserve" in ours else []
             if "ztserve-https" in ours:
                 arms.append(ending.enter_context(ztserve_arm.gateway(direct)))
@@ -263,4 +268,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -1,10 +1,12 @@
 """What carrying a call costs: gRPC's server, our own, and nothing behind them.
 
-    python -m bench.transport [--rounds N] [--seconds N] [--json FILE]
+    python -m bench.transport [--sizes N,N] [--rounds N] [--seconds N] [--json FILE]
 
-The service echoes its input: 64 numbers there and back, mutual TLS, the peer judged,
-the message decoded and encoded; no policy, no model, no filter, no audit. Arms take
-turns within each round; the loads are h2load's.
+The service echoes its input there and back, over mutual TLS, the peer judged, the
+message decoded and encoded; no policy, no model, no filter, no audit. 256 bytes are 64
+numbers; larger bodies go over one connection and over four. nginx, where it is
+installed, decodes nothing and judges nobody but by the root: it has one canned answer
+to 256 bytes. Arms take turns within each round; the loads are h2load's.
 """
 
 from __future__ import annotations
@@ -15,23 +17,30 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import report
+from bench import nginx, report
 from bench.load import CASES, Arm, LoadError, build_shim, require_tools
 from bench.request import UNITS, Samples, measure, summary
+from ztserve.errors import ZTServeError
+from ztserve.types import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ztserve.types import Call, Description, Receive, Reply
+    from ztserve.identity import Svid
+    from ztserve.types import Call, Description, Receive
 
-ARMS = ("grpcio", "loop")
+ARMS = ("grpcio", "ztserve", "nginx")
+SMALL = 256
+SIZES = (SMALL, 16 << 10, 600_000, 1 << 20)
+LARGE_CASES = ("1x1", "4x1")
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
 DOMAIN = "bench.example"
 SERVER = f"spiffe://{DOMAIN}/ns/bench/sa/echo"
 CLIENT = f"spiffe://{DOMAIN}/ns/bench/sa/load"
@@ -42,18 +51,19 @@ class Echo:
 
     def infer(self, call: Call, receive: Receive) -> Reply:
         """Answer one request."""
-        from ztserve.types import Reply
-
         return Reply(receive().inputs)
 
     takes_several = True
 
     def infer_all(
         self, calls: Sequence[tuple[Call, Receive]]
-    ) -> Iterator[tuple[int, Reply]]:
+    ) -> Iterator[tuple[int, Reply | Exception]]:
         """Answer several requests."""
         for at, (call, receive) in enumerate(calls):
-            yield at, self.infer(call, receive)
+            try:
+                yield at, self.infer(call, receive)
+            except ZTServeError as error:  # a load ends in the middle of calls
+                yield at, error
 
     def stream(self, call: Call, receive: Receive) -> Iterator[Reply]:
         """Answer one request of a stream."""
@@ -67,50 +77,104 @@ class Echo:
         return Description("echo", "1", "sha256:" + "0" * 64, spec, spec)
 
 
+def engines() -> dict[str, Any]:
+    """Return the servers by the names of their arms."""
+    from ztserve import transport
+    from ztserve.transport.server import GrpcServer
+
+    return {"grpcio": GrpcServer, "ztserve": transport.Server}
+
+
+def body_of(size: int) -> str:
+    """Return the request whose tensor has `size` bytes, in hexadecimal digits."""
+    from ztserve.transport import values
+
+    zeros = np.zeros((1, size // 4), np.float32)
+    return values.message(values.request({"x": zeros}, model="echo")).hex()
+
+
 def serve(name: str, folder: Path) -> None:
     """Serve as one arm until the standard input ends; print the arm."""
     from ztserve import transport
     from ztserve.testing import ThrowAwayAuthority
-    from ztserve.transport import values
-    from ztserve.transport.server import GrpcServer
 
     authority = ThrowAwayAuthority(DOMAIN)
-    engine = {"grpcio": GrpcServer, "loop": transport.Server}[name]
-    server = engine(
-        transport.inference_methods(Echo(), "echo"), source=authority.source(SERVER)
-    )
+    methods = transport.inference_methods(Echo(), "echo")
+    server = engines()[name](methods, source=authority.source(SERVER))
     host, port = server.start("127.0.0.1")
-    svid = authority.issue(CLIENT)
-    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    for path, text in ((cert, svid.chain_pem()), (key, svid.key_pem())):
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-            file.write(text)
-    body = values.message(
-        values.request({"x": np.zeros((1, 64), np.float32)}, model="echo", id="")
-    )
-    arm = Arm(
-        name,
-        "grpc",
-        f"{host}:{port}",
-        "/inference.GRPCInferenceService/ModelInfer",
-        body.hex(),
-        256,
-        (os.getpid(),),
-        (),
-        str(cert),
-        str(key),
-    )
+    cert, key = written(authority.issue(CLIENT), folder / name)
+    pids = (os.getpid(),)
+    arm = Arm(name, "grpc", f"{host}:{port}", METHOD, "", 0, pids, (), cert, key)
     print(json.dumps(asdict(arm)), flush=True)
     sys.stdin.read()
     server.stop(1)
+
+
+def written(svid: Svid, stem: Path) -> tuple[str, str]:
+    """Write an SVID as PEM files that only this user can read; return their paths."""
+    cert, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
+    for path, text in ((cert, svid.chain_pem()), (key, svid.key_pem())):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(text)
+    return str(cert), str(key)
+
+
+@contextmanager
+def python_arms(folder: Path) -> Iterator[list[Arm]]:
+    """Start the servers in Python, each in a process of its own; yield their arms."""
+    with ExitStack() as ending:
+        arms = []
+        for name in engines():
+            command = [sys.executable, "-m", "bench.transport", "--serve", name]
+            server = subprocess.Popen(
+                [*command, "--folder", folder],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            ending.callback(server.communicate, timeout=20)
+            fields = json.loads(server.stdout.readline())  # type: ignore[union-attr]
+            pids, headers = tuple(fields["pids"]), tuple(fields["headers"])
+            arms.append(replace(Arm(**fields), pids=pids, headers=headers))
+        yield arms
+
+
+@contextmanager
+def nginx_arms(folder: Path) -> Iterator[list[Arm]]:
+    """Start nginx; yield its arm, or none where it is not installed."""
+    from ztserve.testing import ThrowAwayAuthority
+
+    if not nginx.is_installed():
+        print(f"skipped: nginx is not installed. {nginx.INSTALL}")
+        yield []
+        return
+    authority = ThrowAwayAuthority(DOMAIN)
+    chain, server_key = written(authority.issue(SERVER), folder / "nginx-server")
+    cert, key = written(authority.issue(CLIENT), folder / "nginx")
+    answer = 5 + SMALL
+    with nginx.serving(
+        folder, chain=chain, key=server_key, roots=authority.bundle, answer=answer
+    ) as (pid, address):
+        yield [Arm("nginx", "grpc", address, METHOD, "", 0, (pid,), (), cert, key)]
+
+
+def of_size(arms: Sequence[Arm], size: int) -> list[Arm]:
+    """Return the `arms` that take bodies of `size`, to be loaded with them."""
+    body = body_of(size)
+    return [
+        replace(arm, body=body, reply_bytes=size)
+        for arm in arms
+        if size == SMALL or arm.name != "nginx"
+    ]
 
 
 def tell(samples: Samples, path: str) -> None:
     """Print the table, and write it as JSON where `path` is given."""
     found = summary(samples)
     rows, shown = [], []
-    for case in CASES:
+    for case in dict.fromkeys(case for _, case in found):
         for arm in ARMS:
+            if (arm, case) not in found:
+                continue
             values = found[arm, case]
             cells = [report.number(values[metric]) for metric in UNITS]
             ratio = values["rps"] / found[ARMS[0], case]["rps"]
@@ -121,7 +185,7 @@ def tell(samples: Samples, path: str) -> None:
                 )
                 for metric, unit in UNITS.items()
             ]
-    columns = ("case", "arm", "requests/s", "p50 ms", "p99 ms", "CPU ms")
+    columns = ("bytes, case", "arm", "requests/s", "p50 ms", "p99 ms", "CPU ms")
     report.show("carrying a call, medians", (*columns, f"x {ARMS[0]}"), shown)
     if path:
         report.write(path, rows)
@@ -132,38 +196,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--json", default="")
-    parser.add_argument("--serve", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
         serve(chosen.serve, chosen.folder)
         return
-    require_tools()
-    build_shim()
-    for line in report.machine():
-        print(line)
-    with tempfile.TemporaryDirectory(prefix="ztserve-bench-") as folder:
-        servers, arms = [], []
-        try:
-            for name in ARMS:
-                command = [sys.executable, "-m", "bench.transport", "--serve", name]
-                server = subprocess.Popen(
-                    [*command, "--folder", folder],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-                servers.append(server)
-                fields = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-                pids, headers = tuple(fields["pids"]), tuple(fields["headers"])
-                arms.append(replace(Arm(**fields), pids=pids, headers=headers))
-            time.sleep(0.5)
-            tell(measure(arms, chosen.rounds, chosen.seconds), chosen.json)
-        except LoadError as error:
-            sys.exit(str(error))
-        finally:
-            for server in servers:
-                server.communicate(timeout=20)
+    try:
+        require_tools()
+        build_shim()
+        print("\n".join(report.machine()))
+        with tempfile.TemporaryDirectory(prefix="ztserve-bench-") as name:
+            folder = Path(name)
+            with python_arms(folder) as ours, nginx_arms(folder) as others:
+                samples: Samples = {}
+                for size in map(int, chosen.sizes.split(",")):
+                    cases = CASES if size == SMALL else LARGE_CASES
+                    arms = of_size([*ours, *others], size)
+                    found = measure(arms, chosen.rounds, chosen.seconds, cases)
+                    samples |= {
+                        (arm, f"{size:,} {case}"): taken
+                        for (arm, case), taken in found.items()
+                    }
+        tell(samples, chosen.json)
+    except LoadError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ztserve as an arm: the digits example on Ray, with every room on, and its gateway.
+"""ztserve as an arm: a deployment on Ray, with every room on, and its gateway.
 
 The project is what ``ztserve init`` writes, with the seed's policies: the load comes
 as the developer's identity, over mutual TLS, and every call leaves its audit record.
@@ -21,13 +21,14 @@ import numpy as np
 from safetensors.torch import save_file
 
 from bench.load import Arm, LoadError, patiently
-from bench.oip import INFER
-from bench.plain_serve import ROW, judge, judge_message, network, request_bytes
+from bench.plain_serve import ROW, judge, network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from bench.question import Question
+    from ztserve import ZTDeployment
     from ztserve.config import Settings
     from ztserve.identity import Svid
 
@@ -61,29 +62,39 @@ def prepare(project: Path, ports: Mapping[str, int]) -> None:
     released(config.load(file), APP, "1", train)
 
 
-def deploy(folder: Path) -> Arm:
-    """Deploy the example into the Ray session of this process; return its direct arm.
+def deploy(folder: Path, question: Question, *, stream: bool) -> Arm:
+    """Deploy into the Ray session of this process; return the direct arm.
 
     `folder` takes the SVID that the load generator presents.
     """
+    from bench.pieces import Words
     from examples.digits import Digits
     from ztserve import config, identity
     from ztserve.serving import cluster
 
-    cluster.deploy(Digits.options(ray_actor_options={"num_cpus": 0.1}).bind(), APP)
+    answering: type[ZTDeployment] = Words if stream else Digits
+    cluster.deploy(answering.options(ray_actor_options={"num_cpus": 0.1}).bind(), APP)
     settings = config.load()
     source = config.obtain_identity(settings)
     svid, bundles = source.current().svid, source.current().bundles
     source.close()
-    pid, address = _replica(settings, Digits.service)
-    server = identity.dns_name(settings.spiffe_id(Digits.service))
+    pid, address = _replica(settings, answering.service)
+    server = identity.dns_name(settings.spiffe_id(answering.service))
     roots = bundles[svid.id.trust_domain]
-    reply = _ask(address, server, svid, roots)
-    judge_message("ztserve", reply)
+    with _channel(address, server, svid, roots) as channel:
+        size = question.put("ztserve", channel)
     cert, key = _write(folder, svid)
-    body = request_bytes().hex()
     return Arm(
-        "ztserve", "grpc", address, INFER, body, len(reply), (pid,), (), cert, key
+        "ztserve",
+        "grpc",
+        address,
+        question.rpc,
+        question.message.hex(),
+        size,
+        (pid,),
+        (),
+        cert,
+        key,
     )
 
 
@@ -150,15 +161,16 @@ def _replica(settings: Settings, service: str) -> tuple[int, str]:
     return int(found["origin"]["pid"]), str(found["address"])
 
 
-def _ask(address: str, name: str, svid: Svid, roots: Sequence[bytes]) -> bytes:
-    """Send the request as a stock gRPC client would; return the reply's bytes."""
+def _channel(
+    address: str, name: str, svid: Svid, roots: Sequence[bytes]
+) -> grpc.Channel:
+    """Return a stock gRPC client's channel."""
     trusted = "".join(map(ssl.DER_cert_to_PEM_cert, roots)).encode()
     credentials = grpc.ssl_channel_credentials(
         trusted, svid.key_pem(), svid.chain_pem()
     )
     options = (("grpc.ssl_target_name_override", name),)
-    with grpc.secure_channel(address, credentials, options) as channel:
-        return bytes(channel.unary_unary(INFER, bytes, bytes)(request_bytes(), 10))
+    return grpc.secure_channel(address, credentials, options)
 
 
 def _write(folder: Path, svid: Svid) -> tuple[str, str]:

@@ -363,6 +363,7 @@ def test_a_flood_of_handshakes_leaves_turns_to_others(monkeypatch, steps):
     )
     turns, done = [], []
     house.soon = turns.append
+    house.later = lambda _, action: turns.append(action)
 
     class Stranger:
         step = staticmethod(done.append)

@@ -105,6 +105,8 @@ class ReleaseStream:
     def _reply(self, leaving: list[Tensor]) -> Reply | None:
         if not leaving:
             return None
+        if not any(text.stream.has_found for text in self._texts.values()):
+            return Reply(tuple(leaving), NOTHING)  # nearly always
         found: Counter[str] = Counter()
         for name, text in self._texts.items():
             if name in self._sent:

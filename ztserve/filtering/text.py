@@ -125,6 +125,11 @@ class TextStream:
         self._counts: Counter[str] = Counter()
 
     @property
+    def has_found(self) -> bool:
+        """Whether anything has been replaced so far."""
+        return bool(self._counts)
+
+    @property
     def findings(self) -> Mapping[str, int]:
         """What has been replaced so far, kind to count."""
         return MappingProxyType(dict(self._counts))

@@ -1,8 +1,7 @@
 """Which call is the model's code working for?"""
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
 from ztserve.types import Call
@@ -10,14 +9,19 @@ from ztserve.types import Call
 _calls: ContextVar[tuple[Call, ...]] = ContextVar("ztserve_calls", default=())
 
 
-@contextmanager
-def working_for(calls: tuple[Call, ...]) -> Iterator[None]:
+class working_for:  # noqa: N801 - a context, by hand: each piece of a stream has one
     """Make `calls` current while the model's code runs."""
-    token = _calls.set(calls)
-    try:
-        yield
-    finally:
-        _calls.reset(token)
+
+    __slots__ = ("_given", "_token")
+
+    def __init__(self, calls: tuple[Call, ...]) -> None:
+        self._given = calls
+
+    def __enter__(self) -> None:
+        self._token = _calls.set(self._given)
+
+    def __exit__(self, *_: object) -> None:
+        _calls.reset(self._token)
 
 
 def inference_mode() -> AbstractContextManager[object]:

@@ -181,10 +181,15 @@ def strings(raw: bytes, where: str) -> tuple[bytes, ...]:
 
 
 def reply(
-    answer: Reply, model: str, version: str, own_id: str
+    answer: Reply,
+    model: str,
+    version: str,
+    own_id: str,
+    into: pb.ModelInferResponse | None = None,
 ) -> pb.ModelInferResponse:
-    """Return `answer` as a message; its tensors travel raw."""
-    m = pb.ModelInferResponse(model_name=model, model_version=version, id=own_id)
+    """Return `answer` as a message, `into` where given; its tensors travel raw."""
+    m = pb.ModelInferResponse() if into is None else into
+    m.model_name, m.model_version, m.id = model, version, own_id
     for tensor in answer.outputs:
         m.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         m.raw_output_contents.append(raw(tensor.data))

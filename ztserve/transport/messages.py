@@ -94,7 +94,8 @@ class Reassembly:
             if len(self._buffer) < self._size:
                 return
             kind = Compressed if self._buffer[0] else bytes
-            message = kind(self._buffer[PREFIX_BYTES : self._size])
+            with memoryview(self._buffer) as view:  # copied once
+                message = kind(view[PREFIX_BYTES : self._size])
             del self._buffer[: self._size]
             self._size = -1
             yield message

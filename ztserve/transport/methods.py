@@ -133,8 +133,8 @@ class _Inference:
         """
         try:
             for reply in self._service.stream(call, receive):
-                piece = self._encoded(reply, receive.request)
-                message = pb.ModelStreamInferResponse(infer_response=piece)
+                message = pb.ModelStreamInferResponse()
+                self._encoded(reply, receive.request, message.infer_response)
                 yield message.SerializeToString()
         except (InvalidInput, NotFound, Withheld, InferenceError) as error:
             yield _error(error, call, receive.request).SerializeToString()
@@ -180,9 +180,14 @@ class _Inference:
     def _receiver(self, read: Read) -> "_Receiver":
         return _Receiver(read, self._check)
 
-    def _encoded(self, reply: Reply, request: Request | None) -> pb.ModelInferResponse:
+    def _encoded(
+        self,
+        reply: Reply,
+        request: Request | None,
+        into: pb.ModelInferResponse | None = None,
+    ) -> pb.ModelInferResponse:
         own_id = request.id if request else ""
-        return codec.reply(reply, self._model, self._version, own_id)
+        return codec.reply(reply, self._model, self._version, own_id, into)
 
     def _check(self, model: str, version: str) -> None:
         if model not in ("", self._model):

@@ -236,11 +236,13 @@ class Session:
                 return b"".join(pieces)
             raise HandshakeRefused(_cause(error)) from None
 
-    def write(self, data: bytes) -> bytes:
+    def write(self, data: bytes | memoryview) -> bytes:
         """Return what to send on the wire so that `data` arrives."""
-        at = self._tls.send(data)
-        while at < len(data):
-            at += self._tls.send(data[at:])
+        at = self._tls.send(data)  # one record
+        if at < len(data):
+            rest = memoryview(data)  # a slice of bytes would copy all that is left
+            while at < len(data):
+                at += self._tls.send(rest[at : at + _RECORD_BYTES])
         return self.outgoing()
 
     def close(self) -> bytes:

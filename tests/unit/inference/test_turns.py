@@ -3,6 +3,7 @@ import threading
 import time
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,35 @@ def test_turns_come_in_order_of_arrival():
     for thread in (first, *threads):
         thread.join(10)
     assert order == list(range(1, 9))
+
+
+def test_a_turn_goes_to_whoever_waits_once_the_slice_is_over(monkeypatch):
+    monkeypatch.setattr("ztserve.inference.turns.SLICE_S", 0)
+    turns = Turns()
+    with turns.turn(None):
+        other = threading.Thread(target=turns._take, args=(None,))
+        other.start()
+        eventually(lambda: turns._waiting)
+    assert turns._taken  # never free in between: nobody else can have taken it
+    other.join(10)
+    turns._pass_on()
+    assert not turns._taken
+
+
+def test_within_the_slice_whoever_comes_first_takes_it(monkeypatch):
+    monkeypatch.setattr("ztserve.inference.turns.SLICE_S", 60)
+    turns, rings = Turns(), []
+    with turns.turn(None):
+        turns._waiting.append(waiter := SimpleNamespace(has_it=False, thread=1))
+        waiter.bell = SimpleNamespace(release=lambda: rings.append(1))
+    assert not turns._taken
+    with turns.turn(None):  # the one who waits has been woken, and is late
+        assert rings == [1]
+        assert not turns._got(waiter)
+    assert rings == [1, 1]  # and is woken again
+    assert turns._got(waiter)
+    assert turns._taken
+    assert not turns._waiting
 
 
 @pytest.mark.slow

@@ -160,6 +160,16 @@ def test_what_was_refused_last_is_told_before_the_server_has_stopped(authority, 
         assert told == [("not TLS", 1, "127.0.0.1")]
 
 
+def test_what_is_written_is_not_held_back_for_the_peer_to_acknowledge(authority):
+    with serving(authority) as served:
+        one = connected(served)
+        until(lambda: served.server._house.wires)
+        (wire,) = served.server._house.wires
+        its = wire._transport._socket
+        assert its.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        one.close()
+
+
 def test_a_caller_that_takes_nothing_of_a_stream_holds_little(authority):
     with serving(authority, support.Echo(pieces=100_000)) as served:
         one = connected(served)
@@ -172,7 +182,7 @@ def test_a_caller_that_takes_nothing_of_a_stream_holds_little(authority):
         time.sleep(0.5)
         (wire,) = served.server._house.wires
         (call,) = wire._calls.values()
-        assert call._posted + wire._http2.unsent(1) < 1 << 20
+        assert call._given - call._taken + wire._http2.unsent(1) < 1 << 20
         one.close()
         until(lambda: served.server.in_flight == 0)
 

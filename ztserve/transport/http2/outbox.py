@@ -42,7 +42,7 @@ class Outbox:
         self._blocked: dict[int, Outgoing] = {}
         self._table_due = True
         """Whether to say in the next block that we use no dynamic table."""
-        self._frames: list[bytes] = []
+        self._frames: list[bytes | memoryview] = []
         self.add = self._frames.append
         """Send one frame, whole, before all that waits."""
 
@@ -98,13 +98,17 @@ class Outbox:
         half.window -= size
         half.ended = end
         at = 0
-        while size - at > most:
-            self.add(frames.head(frames.DATA, 0, half.id, most))
-            self.add(data[at : at + most])
-            at += most
+        rest: bytes | memoryview = data
+        if size > most:
+            rest = memoryview(data)  # whose slices are no copies
+            while size - at > most:
+                self.add(frames.head(frames.DATA, 0, half.id, most))
+                self.add(rest[at : at + most])
+                at += most
+            rest = rest[at:]
         flags = frames.END_STREAM if end else 0
         self.add(frames.head(frames.DATA, flags, half.id, size - at))
-        self.add(data[at:] if at else data)
+        self.add(rest)
 
     def _flush(self, half: Outgoing, most: int = frames.MOST_WINDOW) -> bool:
         """Send at most `most` bytes of what waits; return whether any were sent."""

@@ -92,9 +92,9 @@ class Answers:
             for piece in stream(self._desk, method, call.messages(), call):  # type: ignore[arg-type]
                 if not call.reserve(len(piece)):
                     break
-                wire.post(wire.piece, call, piece)
+                wire.piece(call, piece)
         except Aborted:
-            wire.post(wire.end, call, call.trailers())
+            wire.post(wire.end, call)  # whether it has a head, the loop knows
         else:
             wire.post(wire.end, call, messages.OK)
 

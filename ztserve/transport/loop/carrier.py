@@ -15,6 +15,8 @@ _LOG = logging.getLogger(__name__)
 NEVER = float("inf")
 MAX_WAITING_BYTES = 1 << 20
 """Sent, and not taken by the peer: then nothing more of it is read."""
+WRITE_BYTES = 64 * 1024
+"""At a time: of a large body, TLS and the socket then hold no second copy."""
 CLOSE_S = 1.0
 QUIET_S, ANSWER_S = 60.0, 20.0
 """A connection that says nothing for so long is asked for a sign of life; and how long
@@ -110,8 +112,9 @@ class Carrier(asyncio.Protocol):
         if self._http2 is None or self._transport.is_closing():
             return
         data = self._http2.outgoing()
-        if data:
-            self._transport.write(self._session.write(data))
+        whole = memoryview(data)
+        for at in range(0, len(data), WRITE_BYTES):
+            self._transport.write(self._session.write(whole[at : at + WRITE_BYTES]))
         if self._http2.over or (self._leaving and not self._http2.open_streams):
             self._close()
 

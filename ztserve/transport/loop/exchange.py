@@ -60,8 +60,10 @@ class Exchange:
         """Whether what arrived cannot be taken; so nor can what follows."""
         self._over = False
         self._trailers: tuple[tuple[str, str], ...] = ()
-        self._posted = 0
-        """Bytes of the answer that are on their way to the loop."""
+        self._given = self._taken = 0
+        """Bytes of the answer: what its thread has given, what the loop has taken."""
+        self._stuck = False
+        """Whether that thread waits until more may be given."""
         self._full = False
         """Whether the caller has not taken most of what was sent."""
         self.has_head = False
@@ -112,16 +114,19 @@ class Exchange:
 
     def sent(self, size: int, unsent: int) -> None:
         """Note that `size` bytes went to the stream, of which `unsent` wait there."""
-        with self._ready:
-            self._posted -= size
-            self._full = unsent > MAX_UNSENT_BYTES
-            self._ready.notify()
+        self._taken += size
+        self._full = unsent > MAX_UNSENT_BYTES
+        self._unstick()
 
     def drained(self) -> None:
         """Note that nothing waits there any more."""
-        with self._ready:
-            self._full = False
-            self._ready.notify()
+        self._full = False
+        self._unstick()
+
+    def _unstick(self) -> None:
+        if self._stuck:
+            with self._ready:
+                self._ready.notify()
 
     def _arrive(self, found: Iterable[bytes | ZTServeError | None]) -> None:
         with self._ready:
@@ -219,13 +224,17 @@ class Exchange:
 
     def reserve(self, size: int) -> bool:
         """Wait until `size` bytes more may be sent; return whether anybody waits."""
-        with self._ready:
-            self._ready.wait_for(self._has_room)
-            self._posted += size
+        if not self._has_room():  # no lock for each piece
+            with self._ready:
+                self._stuck = True  # first: whoever makes room from now on tells us
+                self._ready.wait_for(self._has_room)
+                self._stuck = False
+        self._given += size
         return not self._over
 
     def _has_room(self) -> bool:
-        return self._over or (self._posted < MAX_UNSENT_BYTES and not self._full)
+        waiting = self._given - self._taken
+        return self._over or (waiting < MAX_UNSENT_BYTES and not self._full)
 
     def finish(self) -> None:
         """Let go of the call: it has ended; on the loop.

@@ -74,8 +74,8 @@ class House:
         self._jobs: deque[list[Arrived]] = deque()
         self.soon: Callable[..., object]
         """Have something done later in this turn of the loop."""
-        self.next_turn: Callable[..., object]
-        """Have something done after what arrives until then."""
+        self.later: Callable[..., object]
+        """Have something done on the loop after so many seconds."""
         self.post: Callable[..., object]
         """Have something done on the loop; from any thread."""
 
@@ -138,7 +138,7 @@ class House:
             guarded(wire.step, self._steps.pop(wire))
         self._stepping = bool(self._steps)
         if self._stepping:
-            self.next_turn(self._take_steps)
+            self.later(0.0, self._take_steps)  # in the next turn
 
     def hold(self, count: int) -> None:
         """Count bytes of requests in, or out. Raises Overloaded for too many."""

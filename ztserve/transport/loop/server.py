@@ -4,7 +4,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 
 from ztserve.errors import ConfigError
 from ztserve.identity import JwtProof, Quarantine, Source
@@ -125,7 +124,7 @@ class Server:
         self._reactor = reactor = Reactor(listener, lambda: Wire(house), house.dispatch)
         answers.reactor = reactor
         house.soon, house.post = reactor.soon, reactor.post
-        house.next_turn = partial(reactor.later, 0.0)
+        house.later = reactor.later
         self._unsubscribe = [
             one.subscribe(self._judge_soon)
             for one in (self._source, self._quarantine)

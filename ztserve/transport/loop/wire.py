@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from typing import cast
 
 from ztserve.errors import Unauthenticated, Unavailable
@@ -23,6 +24,10 @@ from ztserve.transport.loop.exchange import Exchange
 from ztserve.transport.loop.house import House
 from ztserve.transport.tls import HandshakeRefused
 
+LINGER_S = 0.001
+"""A connection that has written pieces of streams waits as long before it writes more:
+what is made meanwhile leaves together, and the loop is not woken for each."""
+
 
 class Wire(Carrier):
     """The protocol of one client's connection."""
@@ -31,6 +36,11 @@ class Wire(Carrier):
         super().__init__(house.soon, house.bounds, client=False)
         self._house = house
         self._calls: dict[int, Exchange] = {}
+        self._pieces: deque[tuple[Exchange, bytes]] = deque()
+        """Of streams, in order; what the loop has not taken yet."""
+        self._lingers = False
+        """Whether the loop will look for pieces unasked."""
+        self._timer = False
         self._lost = self._warned = False
         self._stuck = NEVER
         self._retires = time.monotonic() + house.limits.max_connection_age_s
@@ -199,25 +209,59 @@ class Wire(Carrier):
         self.flush()
 
     def piece(self, call: Exchange, message: bytes) -> None:
-        """Send one message of a stream."""
-        http2 = self._http2
-        if http2 is not None:
-            if not call.has_head:
-                call.has_head = True
-                http2.headers(call.stream_id, messages.HEAD)
-            http2.data(call.stream_id, messages.framed(message))
-            self.flush()
-        unsent = 0 if http2 is None else http2.unsent(call.stream_id)
-        call.sent(len(message), unsent)
+        """Send one message of a stream; from the thread that answers.
 
-    def end(self, call: Exchange, trailers: bytes) -> None:
-        """Send the end of a call."""
+        At once where the connection has written none for a moment, else soon, together
+        with what comes meanwhile.
+        """
+        self._pieces.append((call, message))
+        if not self._lingers:  # after the piece is there: the loop looks the other way
+            self._lingers = True
+            self.post(self._send_pieces)
+
+    def end(self, call: Exchange, trailers: bytes | None = None) -> None:
+        """Send the end of a call, by default that of one that was aborted."""
+        self._take_pieces()
+        if trailers is None:
+            trailers = call.trailers()
         if self._http2 is not None:
             if trailers is messages.OK and not call.has_head:
                 self._http2.headers(call.stream_id, messages.HEAD)
             self._http2.headers(call.stream_id, trailers, end=True)
         self._forget(call.stream_id)
         self.flush()
+
+    def _send_pieces(self) -> None:
+        """Write the pieces that are there, and look for more in a moment."""
+        self._lingers = self._timer  # before we look: what comes from now on wakes us
+        if self._take_pieces():
+            self.flush()
+            self._lingers = True
+            if not self._timer:
+                self._timer = True
+                self._house.later(LINGER_S, self._lingered)
+
+    def _lingered(self) -> None:
+        self._timer = False
+        self._send_pieces()
+
+    def _take_pieces(self) -> bool:
+        """Put all pieces into HTTP/2, a call's into one frame; return if there were."""
+        together: dict[Exchange, list[bytes]] = {}
+        while self._pieces:
+            call, message = self._pieces.popleft()
+            together.setdefault(call, []).append(message)
+        http2 = self._http2
+        for call, several in together.items():
+            unsent = 0
+            if http2 is not None:
+                if not call.has_head:
+                    call.has_head = True
+                    http2.headers(call.stream_id, messages.HEAD)
+                http2.data(call.stream_id, b"".join(map(messages.framed, several)))
+                unsent = http2.unsent(call.stream_id)
+            call.sent(sum(map(len, several)), unsent)
+        return bool(together)
 
     # --- the loop's own ---------------------------------------------------------
 
