@@ -17,8 +17,9 @@ from ztserve.transport.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
-SHORT_S = 0.004
-"""Calls of a turn that take less, all together, are answered by the loop's thread."""
+SHORT_S = 0.015
+"""Calls of a turn that take less, all together, are answered by the loop's thread;
+less than its deputy's patience (`reactor.PATIENCE_S`)."""
 WEIGHT = 0.2
 """Of the last turn's time, in what is expected of the next."""
 UNKNOWN_S = 1.0
