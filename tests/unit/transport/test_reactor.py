@@ -127,6 +127,17 @@ def test_a_fault_of_one_connection_ends_no_other(opened) -> None:
     assert [one.lost for one in opened] == [1, 1]
 
 
+def test_a_fault_of_a_turn_ends_no_server(caplog) -> None:
+    def fault() -> None:
+        raise RuntimeError("a fault of ours")
+
+    with running() as (loop, address):
+        loop.jobs.give(fault, print)
+        assert echoed(address) == b"hello"
+        until(lambda: "a turn of the loop ended early" in caplog.text)
+        assert echoed(address) == b"hello"
+
+
 def test_timers_go_off_in_order_of_their_time() -> None:
     done: list[str] = []
     with running() as (loop, _):

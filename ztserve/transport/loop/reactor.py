@@ -35,6 +35,8 @@ ACCEPTED = 16
 """Connections that are taken in one turn: each has its handshake to do."""
 EXHAUSTED_S = 0.5
 """Pause of accepting where the process can have no more files."""
+FAULT_S = 0.01
+"""After a fault of ours in a turn: one that comes again must not take all the time."""
 _MAX_WAIT_S = 1.0
 _EVENTS = 256
 
@@ -149,10 +151,14 @@ class Reactor:
     def _serve(self) -> None:
         me = threading.current_thread()
         while not self._ended.is_set():
-            if self._leader is me:
-                self._lead()
-            else:
+            if self._leader is not me:
                 self._stand_by(me)
+                continue
+            try:
+                self._lead()
+            except Exception:  # noqa: BLE001 - logged; a fault of ours ends no server
+                _LOG.exception("a turn of the loop ended early")
+                time.sleep(FAULT_S)
 
     def _stand_by(self, me: threading.Thread) -> None:
         """Wait until the leader is away for too long; then lead."""
