@@ -558,3 +558,30 @@ def test_what_cannot_be_audited_is_not_changed(path):
     with pytest.raises(AuditError):
         quarantine_file.remove(path, SHOP, by="me", on_event=full)
     assert len(quarantine_file.read(path)) == 1
+
+
+def test_the_first_entry_never_looks_like_a_list_that_was_lost(path, monkeypatch):
+    seen: list[object] = []
+    replace = quarantine_file._replace
+
+    def looked(*given):
+        seen.append(quarantine_file.read(path))
+        replace(*given)
+        seen.append(quarantine_file.read(path))
+
+    monkeypatch.setattr(quarantine_file, "_replace", looked)
+    add(path)
+    assert seen[0] is None
+    assert len(seen[1]) == 1
+
+
+def test_a_first_list_that_comes_between_two_looks_is_read(path, monkeypatch):
+    had_begun = quarantine_file._had_begun
+
+    def meanwhile(_):
+        monkeypatch.setattr(quarantine_file, "_had_begun", had_begun)
+        add(path)
+        return True
+
+    monkeypatch.setattr(quarantine_file, "_had_begun", meanwhile)
+    assert len(quarantine_file.read(path)) == 1

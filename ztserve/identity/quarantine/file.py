@@ -37,12 +37,15 @@ def read(path: Path) -> tuple[Entry, ...] | None:
     try:
         raw = read_guarded(path, MAX_FILE_BYTES, secret=False)
     except MissingFileError:
-        if _had_begun(path):
+        if not _had_begun(path):
+            return None
+        try:  # the first list may have come between the two looks
+            raw = read_guarded(path, MAX_FILE_BYTES, secret=False)
+        except MissingFileError:
             raise IdentityError(
                 f"{path} is gone, and with it who was shut out; put it back, or, to let"
                 f" all in again, remove {_begun(path)} too"
             ) from None
-        return None
     try:
         return parse(raw)
     except IdentityError as error:
@@ -115,8 +118,9 @@ def _edit(
             if path.is_symlink():
                 raise IdentityError(f"{path} is a link: edit what it leads to")
             entries = changed(read(path) or ())
-            _begun(path).touch(mode=0o600)
             _replace(path, entries, folder)
+            # After it: who looked in between would take the list for lost.
+            _begun(path).touch(mode=0o600)
     except OSError as error:
         raise IdentityError(f"{path}: cannot be written: {error.strerror}") from error
 
