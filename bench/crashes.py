@@ -106,7 +106,7 @@ class Load:
 def kept(settings: Settings) -> set[str]:
     """Return the ids of the requests that the audit says were answered."""
     found = set()
-    for path in settings.audit.directory.glob("inference-service-*.jsonl"):
+    for path in settings.audit.directory.glob("inference-service-*.jsonl*"):
         with path.open() as lines:
             for line in lines:
                 if not line.endswith("}\n"):

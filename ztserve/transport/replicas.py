@@ -26,6 +26,10 @@ class Way(Protocol):
     def is_closed(self) -> bool:
         """Whether nothing is left open."""
 
+    @property
+    def is_up(self) -> bool:
+        """Whether a call can leave at once; asked from any thread."""
+
     def leave(self) -> None:
         """Take no more calls, and close when the last has ended."""
 
@@ -93,7 +97,10 @@ def _chosen(ways: list[W], avoid: Collection[str]) -> W:
     now = time.monotonic()
     fresh = [way for way in ways if way.address not in avoid]
     able = [way for way in fresh if way.aside_until <= now]
-    best = able or fresh or ways
+    # A replica that was killed is known to be gone before the directory says so; a
+    # call that tried it would cost a retry, of which there are few.
+    up = [way for way in able if way.is_up]
+    best = up or able or fresh or ways
     if len(best) == 1:
         return best[0]
     one, other = random.sample(best, 2)

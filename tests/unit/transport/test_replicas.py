@@ -16,6 +16,7 @@ class Path:
     in_flight: int = 0
     aside_until: float = 0.0
     left: bool = False
+    is_up: bool = True
 
     @property
     def is_closed(self) -> bool:
@@ -44,6 +45,16 @@ def test_a_replica_that_was_tried_or_refused_is_avoided_if_another_is_there() ->
     made.give_back(one, refused=True)
     assert {made.take().address for _ in range(20)} == {"b"}
     assert made.take(avoid={"a", "b"}).address in {"a", "b"}
+
+
+def test_a_replica_without_a_connection_is_left_aside_if_another_has_one() -> None:
+    made = replicas("a", "b")
+    gone = made.take(avoid={"b"})
+    gone.is_up = False
+    assert {made.take().address for _ in range(20)} == {"b"}
+    for one in made:
+        one.is_up = False
+    assert {made.take().address for _ in range(20)} == {"a", "b"}
 
 
 def test_without_a_replica_there_is_no_call() -> None:

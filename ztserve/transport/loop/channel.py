@@ -109,6 +109,11 @@ class Channel:
     # --- connections ------------------------------------------------------------
 
     @property
+    def is_up(self) -> bool:
+        """Whether there is a connection that takes calls."""
+        return self._link is not None
+
+    @property
     def is_closed(self) -> bool:
         """Whether nothing is left open."""
         return not self._links and self._dialling is None
