@@ -159,11 +159,11 @@ def _rooms(served: Served, log: Log) -> list[Stage]:
     assert isinstance(pixels, bytes)
 
     def encode() -> bytes:
-        return codec.reply(reply, "digits", "1", "").SerializeToString()
+        return codec.reply(reply, "digits", "1", "")
 
     def whole() -> bytes:
         answer = pipeline.infer(call, lambda: codec.request(message))
-        return codec.reply(answer, "digits", "1", "").SerializeToString()
+        return codec.reply(answer, "digits", "1", "")
 
     return [
         ("call", "peer, remembered", lambda: verifier.verify(peer_chain)),

@@ -348,18 +348,16 @@ for thread in range(4):
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_every_acknowledged_call_is_in_the_log_of_a_killed_process(path, attempt):
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(path)], stdout=subprocess.PIPE, cwd=ROOT
-    )
+    command = [sys.executable, "-c", SERVE, str(path)]
     acknowledged = []
     until = time.monotonic() + 60
-    for line in server.stdout:
-        acknowledged.append(line.decode().strip())
-        if len(acknowledged) == 3000 + attempt * 777 or time.monotonic() > until:
-            server.kill()
-            break
-    rest, _ = server.communicate(timeout=30)
-    acknowledged += rest.decode().split("\n")[:-1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as server:
+        for line in server.stdout:
+            acknowledged.append(line.decode().strip())
+            if len(acknowledged) == 3000 + attempt * 777 or time.monotonic() > until:
+                server.kill()
+                break
+        acknowledged += server.stdout.read().decode().split("\n")[:-1]
     assert len(acknowledged) >= 3000
     recorded = {
         r["api"]["request"]["uid"] for r in read(path) if r["class_uid"] == 6003

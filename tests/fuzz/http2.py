@@ -250,7 +250,7 @@ def unbounded(connection: Connection, given: Input) -> str:
     bounds, intake = given.bounds, connection._intake
     streams, reader = connection._streams, connection._reader
     held = {
-        "buffer": (len(intake._buffer), bounds.max_frame_bytes + frames.HEADER_BYTES),
+        "buffer": (len(intake._rest), bounds.max_frame_bytes + frames.HEADER_BYTES),
         "block": (
             len(intake._block[2]) if intake._block else 0,
             HARD * bounds.max_header_bytes,

@@ -146,5 +146,5 @@ def test_what_is_held_beyond_the_bounds_is_found():
     connection = Connection(client=False)
     given = Input(client=False, bounds=BOUNDS[0], requests=[], steps=[], seed=0)
     assert not http2.unbounded(connection, given)
-    connection._intake._buffer += bytes(BOUNDS[0].max_frame_bytes + 10)
+    connection._intake._rest += bytes(BOUNDS[0].max_frame_bytes + 10)
     assert "buffer" in http2.unbounded(connection, given)

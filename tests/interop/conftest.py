@@ -23,12 +23,12 @@ NPM = (
 INSTALL_S = 40
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def authority() -> ThrowAwayAuthority:
     return ThrowAwayAuthority(DOMAIN)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(authority, tmp_path_factory) -> Iterator[Served]:
     with service.serving(authority, tmp_path_factory.mktemp("interop")) as one:
         yield one
@@ -40,7 +40,7 @@ def served(shared: Served) -> Served:
     return shared
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def driver(request, shared: Served) -> Iterator[Driver]:
     """The client whose name is the parameter."""
     if request.param == "grpc-js":

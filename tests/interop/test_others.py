@@ -45,7 +45,7 @@ def begun(name: str, authority: ThrowAwayAuthority, tmp_path_factory) -> Other:
     return OTHERS[name](authority, tmp_path_factory.mktemp("other"))
 
 
-@pytest.fixture(scope="session", params=OTHERS)
+@pytest.fixture(scope="module", params=OTHERS)
 def other(request, authority, tmp_path_factory) -> Iterator[Other]:
     with closing(begun(request.param, authority, tmp_path_factory)) as one:
         yield one

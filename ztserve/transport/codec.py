@@ -59,6 +59,7 @@ _NARROW: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """Datatypes that travel in a wider field, with their least and greatest number."""
 _LENGTH = struct.Struct("<I")
+_INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 Contents: TypeAlias = bytes | tuple[bytes, ...]
 
@@ -180,20 +181,40 @@ def strings(raw: bytes, where: str) -> tuple[bytes, ...]:
 # --- reply ----------------------------------------------------------------------
 
 
-def reply(
-    answer: Reply,
-    model: str,
-    version: str,
-    own_id: str,
-    into: pb.ModelInferResponse | None = None,
-) -> pb.ModelInferResponse:
-    """Return `answer` as a message, `into` where given; its tensors travel raw."""
-    m = pb.ModelInferResponse() if into is None else into
-    m.model_name, m.model_version, m.id = model, version, own_id
+def reply(answer: Reply, model: str, version: str, own_id: str) -> bytes:
+    """Return `answer` as a ModelInferResponse; its tensors travel raw."""
+    m = pb.ModelInferResponse(model_name=model, model_version=version, id=own_id)
     for tensor in answer.outputs:
         m.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        m.raw_output_contents.append(raw(tensor.data))
-    return m
+    field = m.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
+    return with_raw(m, field, (raw(tensor.data) for tensor in answer.outputs))
+
+
+def piece(answer: bytes) -> bytes:
+    """Return one `reply` as a message of a stream, a ModelStreamInferResponse."""
+    return b"".join((_head(_INFER_RESPONSE, len(answer)), answer))
+
+
+def with_raw(m: Message, field: int, contents: Iterable[bytes]) -> bytes:
+    """Return `m` as it travels, with raw contents.
+
+    Fields may come in any order (protobuf's encoding), and protobuf itself would copy
+    these three times.
+    """
+    parts = [m.SerializeToString()]
+    for one in contents:
+        parts += _head(field, len(one)), one
+    return b"".join(parts)
+
+
+def _head(field: int, size: int) -> bytes:
+    """Return what stands before a field of `size` bytes: its tag, its length."""
+    found = bytearray((field << 3 | 2,))  # all our fields are below 16: one byte
+    while size > 0x7F:
+        found.append(size & 0x7F | 0x80)
+        size >>= 7
+    found.append(size)
+    return bytes(found)
 
 
 def raw(data: bytes | memoryview | tuple[bytes, ...]) -> bytes:

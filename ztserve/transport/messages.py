@@ -20,6 +20,10 @@ Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 """Names in lower case; the values of names in ``-bin`` are bytes."""
 
 PREFIX_BYTES = 5
+_LARGE_BYTES = 4096
+"""Of a piece that is worth an object of its own, and no copy."""
+_WHOLE_BYTES = 64 * 1024
+"""A smaller message is copied behind its prefix: one frame instead of two."""
 ENCODINGS = "identity,gzip"
 """What we read (grpc-accept-encoding)."""
 MAX_VALUES = 64
@@ -59,54 +63,72 @@ class Reassembly:
     few bytes may become very many, which is for whoever asks for that message.
     """
 
-    __slots__ = ("_buffer", "_gzip", "_most", "_size")
+    __slots__ = ("_gzip", "_head", "_left", "_most", "_pieces", "held")
 
     def __init__(self, most: int, *, gzip: bool = False) -> None:
         self._most = most
         self._gzip = gzip
         """Whether messages may be compressed with gzip (the head said so)."""
-        self._buffer = bytearray()
-        self._size = -1
-        """Bytes of the message that is coming, its prefix included; -1: unknown."""
-
-    @property
-    def held(self) -> int:
+        self._head = b""
+        """What there is of the prefix of the message that is coming."""
+        self._left = 0
+        """Bytes of it that are still to come, once its prefix is there."""
+        self._pieces: list[bytes | bytearray] = []
+        self.held = 0
         """Bytes of a message that has begun and is not whole."""
-        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield each message that is whole with `data`.
 
         Raises Unreadable, and InvalidInput for a message that is too large.
         """
-        if not self._buffer and len(data) >= PREFIX_BYTES and not data[0]:
+        if not self.held and len(data) >= PREFIX_BYTES and not data[0]:
             # What happens nearly always: one whole message in one piece.
             size = int.from_bytes(data[1:PREFIX_BYTES], "big") + PREFIX_BYTES
             if size == len(data) <= self._most + PREFIX_BYTES:
                 yield data[PREFIX_BYTES:]
                 return
-        self._buffer += data
-        while True:
-            if self._size < 0:
-                if len(self._buffer) < PREFIX_BYTES:
+        at = 0
+        while at < len(data):
+            if len(self._head) < PREFIX_BYTES:
+                more = data[at : at + PREFIX_BYTES - len(self._head)]
+                self._head += more
+                at += len(more)
+                self.held += len(more)
+                if len(self._head) < PREFIX_BYTES:
                     return
-                self._size = self._announced() + PREFIX_BYTES
-            if len(self._buffer) < self._size:
-                return
-            kind = Compressed if self._buffer[0] else bytes
-            with memoryview(self._buffer) as view:  # copied once
-                message = kind(view[PREFIX_BYTES : self._size])
-            del self._buffer[: self._size]
-            self._size = -1
-            yield message
+                self._left = self._announced()
+            piece = data[at : at + self._left]
+            at += len(piece)
+            self._left -= len(piece)
+            self._keep(piece)
+            if not self._left:
+                yield self._whole()
+
+    def _keep(self, piece: bytes) -> None:
+        """Keep a piece as it is; small ones together, each object costs memory."""
+        self.held += len(piece)
+        if len(piece) >= _LARGE_BYTES or not self._pieces:
+            self._pieces.append(piece)
+        elif isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(bytearray(piece))
+
+    def _whole(self) -> bytes:
+        message = b"".join(self._pieces)
+        compressed = self._head[0]
+        self._pieces.clear()
+        self._head, self.held = b"", 0
+        return Compressed(message) if compressed else message
 
     def _announced(self) -> int:
-        flag = self._buffer[0]
+        flag = self._head[0]
         if flag > 1:
             raise Unreadable(INTERNAL, f"a message begins with {flag}, not 0 or 1")
         if flag and not self._gzip:
             raise Unreadable(INTERNAL, "a compressed message, as nobody agreed on")
-        size = int.from_bytes(self._buffer[1:PREFIX_BYTES], "big")
+        size = int.from_bytes(self._head[1:], "big")
         if size > self._most:
             raise InvalidInput(
                 f"the message has {size} bytes, the limit is {self._most}"
@@ -136,6 +158,13 @@ def expanded(message: Compressed, most: int) -> bytes:
 def framed(message: bytes) -> bytes:
     """Return a message as it stands in a body, not compressed."""
     return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def body(message: bytes) -> tuple[bytes, ...]:
+    """Return the body of a unary call, in pieces: what is large is not copied."""
+    if len(message) < _WHOLE_BYTES:
+        return (framed(message),)
+    return b"\0" + len(message).to_bytes(4, "big"), message
 
 
 def timeout_s(fields: Fields) -> float | None:

@@ -102,7 +102,7 @@ class _Inference:
     def infer(self, call: Call, read: Read) -> bytes:
         receive = self._receiver(read)
         reply = self._service.infer(call, receive)
-        return self._encoded(reply, receive.request).SerializeToString()
+        return self._encoded(reply, receive.request)
 
     def infer_all(self, calls: Sequence[tuple[Call, Read]]) -> Iterator[Outcome]:
         service = cast("Any", self._service)
@@ -112,8 +112,7 @@ class _Inference:
             if isinstance(outcome, Exception):
                 yield at, outcome
             else:
-                message = self._encoded(outcome, receivers[at].request)
-                yield at, message.SerializeToString()
+                yield at, self._encoded(outcome, receivers[at].request)
 
     def stream(self, exchange: Exchange) -> Iterator[bytes]:
         call, read = exchange.call, exchange.read
@@ -133,9 +132,7 @@ class _Inference:
         """
         try:
             for reply in self._service.stream(call, receive):
-                message = pb.ModelStreamInferResponse()
-                self._encoded(reply, receive.request, message.infer_response)
-                yield message.SerializeToString()
+                yield codec.piece(self._encoded(reply, receive.request))
         except (InvalidInput, NotFound, Withheld, InferenceError) as error:
             yield _error(error, call, receive.request).SerializeToString()
 
@@ -180,14 +177,9 @@ class _Inference:
     def _receiver(self, read: Read) -> "_Receiver":
         return _Receiver(read, self._check)
 
-    def _encoded(
-        self,
-        reply: Reply,
-        request: Request | None,
-        into: pb.ModelInferResponse | None = None,
-    ) -> pb.ModelInferResponse:
+    def _encoded(self, reply: Reply, request: Request | None) -> bytes:
         own_id = request.id if request else ""
-        return codec.reply(reply, self._model, self._version, own_id, into)
+        return codec.reply(reply, self._model, self._version, own_id)
 
     def _check(self, model: str, version: str) -> None:
         if model not in ("", self._model):

@@ -13,6 +13,8 @@ from ztserve.errors import Unavailable
 
 ASIDE_S = 0.5
 """How long a replica that could not take a call is left aside, if others can."""
+_RANDOM = random.Random()  # noqa: S311 - which replica is asked is no secret
+"""Our own: the state of the module's is its user's, who may have seeded it."""
 
 
 class Way(Protocol):
@@ -103,5 +105,5 @@ def _chosen(ways: list[W], avoid: Collection[str]) -> W:
     best = up or able or fresh or ways
     if len(best) == 1:
         return best[0]
-    one, other = random.sample(best, 2)
+    one, other = _RANDOM.sample(best, 2)
     return one if one.in_flight <= other.in_flight else other

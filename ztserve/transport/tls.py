@@ -26,6 +26,9 @@ ALPN = b"h2"
 MAX_CERTIFICATES = 8
 """Of a peer's chain."""
 _RECORD_BYTES = 16 * 1024
+_HEAD_BYTES = 5
+_OVERHEAD_BYTES = 22
+"""Of a record on the wire: its head, the kind of its content, the tag."""
 _TOO_LONG = 22  # X509_V_ERR_CERT_CHAIN_TOO_LONG
 
 Judge = Callable[[Sequence[bytes]], Peer]
@@ -164,9 +167,12 @@ class Session:
     """TLS without a socket: bytes of the wire in and out, plain bytes in and out."""
 
     __slots__ = (
+        "_head",
         "_judge",
+        "_next",
         "_seen",
         "_tls",
+        "_whole",
         "chain",
         "ended",
         "established",
@@ -187,6 +193,13 @@ class Session:
         self.judged_by = judged_by
         """The state of ours by which the peer is judged in the handshake."""
         self._seen: dict[int, x509.Certificate] = {}
+        self._whole = 0
+        """Records that OpenSSL has whole, or may judge already; at most as many give
+        plain bytes."""
+        self._next = 0
+        """Bytes of the record that has begun which are still to come."""
+        self._head = b""
+        """What there is of the head of the one that follows."""
         self.established = False
         self.ended = False
         """Whether nothing can be read any more, whatever was read last."""
@@ -212,6 +225,7 @@ class Session:
         at = self._tls.bio_write(data)
         while at < len(data):
             at += self._tls.bio_write(data[at:])
+        self._count(data)
         if not self.established:
             self._shake_hands()
 
@@ -223,18 +237,20 @@ class Session:
         """
         pieces = []
         try:
-            while True:
+            while self._whole:  # to ask in vain would cost more than most calls' TLS
+                self._whole -= 1
                 pieces.append(self._tls.recv(_RECORD_BYTES))
         except SSL.WantReadError:
-            return b"".join(pieces) or None
+            self._whole = 0  # some were not data
         except SSL.ZeroReturnError:
             self.ended = True
-            return b"".join(pieces)
         except SSL.Error as error:
             self.ended = True
-            if pieces:
-                return b"".join(pieces)
-            raise HandshakeRefused(_cause(error)) from None
+            if not pieces:
+                raise HandshakeRefused(_cause(error)) from None
+        if len(pieces) == 1:
+            return pieces[0]
+        return b"".join(pieces) if pieces or self.ended else None
 
     def write(self, data: bytes | memoryview) -> bytes:
         """Return what to send on the wire so that `data` arrives."""
@@ -243,7 +259,8 @@ class Session:
             rest = memoryview(data)  # a slice of bytes would copy all that is left
             while at < len(data):
                 at += self._tls.send(rest[at : at + _RECORD_BYTES])
-        return self.outgoing()
+        records = len(data) // _RECORD_BYTES + 1
+        return self.outgoing(len(data) + (records + 1) * _OVERHEAD_BYTES)
 
     def close(self) -> bytes:
         """Return what to send on the wire to end the connection properly."""
@@ -254,14 +271,15 @@ class Session:
                 return b""
         return self.outgoing()
 
-    def outgoing(self) -> bytes:
-        """Return what TLS itself has to send."""
-        pieces = []
+    def outgoing(self, most: int = _RECORD_BYTES) -> bytes:
+        """Return what TLS itself has to send; quickest if that is less than `most`."""
+        pieces: list[bytes] = []
         try:
-            while True:
-                pieces.append(self._tls.bio_read(_RECORD_BYTES + 1024))
+            while not pieces or len(pieces[-1]) == most:
+                pieces.append(self._tls.bio_read(most))
         except SSL.WantReadError:
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pass
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def take(self, certificate: Any, depth: int, *, last: bool) -> None:
         """Take a certificate from OpenSSL; at the last one, judge. Raises CallError."""
@@ -270,6 +288,23 @@ class Session:
             found = [self._seen[at] for at in range(len(self._seen))]
             self.chain = tuple(one.public_bytes(Encoding.DER) for one in found)
             self.peer = self._judge(self.chain)
+
+    def _count(self, data: bytes) -> None:
+        """See how many records are whole with `data` (RFC 8446, section 5.1)."""
+        if self._head:
+            data, self._head = self._head + data, b""
+        at, size = self._next, len(data)
+        if 0 < at <= size:
+            self._whole += 1
+        while at <= size:
+            if size - at < _HEAD_BYTES:
+                self._head, self._next = data[at:], 0
+                return
+            length = data[at + 3] << 8 | data[at + 4]
+            at += _HEAD_BYTES + length
+            if at <= size or length > _RECORD_BYTES + 256:  # which is none
+                self._whole += 1
+        self._next = at - size
 
     def _shake_hands(self) -> None:
         try:

@@ -72,10 +72,10 @@ def message(request: Request) -> bytes:
     )
     for one in request.inputs:
         m.inputs.add(name=one.name, datatype=one.datatype, shape=one.shape)
-        m.raw_input_contents.append(codec.raw(one.data))
     for name in request.outputs:
         m.outputs.add(name=name)
-    return m.SerializeToString()
+    contents = (codec.raw(one.data) for one in request.inputs)
+    return codec.with_raw(m, m.RAW_INPUT_CONTENTS_FIELD_NUMBER, contents)
 
 
 def tensors(m: pb.ModelInferResponse) -> tuple[Tensor, ...]:

@@ -11,9 +11,7 @@ from ztserve.types import Reply, Tensor
 
 def a_piece(text):
     reply = Reply((Tensor("text", "BYTES", (1,), (text.encode(),)),))
-    message = pb.ModelStreamInferResponse()
-    codec.reply(reply, "digits", "1", "", message.infer_response)
-    return message.SerializeToString()
+    return codec.piece(codec.reply(reply, "digits", "1", ""))
 
 
 def test_there_are_100_pieces_of_20_bytes():

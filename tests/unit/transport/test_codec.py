@@ -167,7 +167,11 @@ def test_a_reply_travels_raw() -> None:
         Tensor("p", "FP32", (1, 2), memoryview(np.ones((1, 2), "<f4")).cast("B")),
         Tensor("t", "BYTES", (2,), (b"one", b"")),
     )
-    m = codec.reply(Reply(outputs), "digits", "3", "me")
+    answer = codec.reply(Reply(outputs), "digits", "3", "me")
+    m = pb.ModelInferResponse.FromString(answer)
+    assert pb.ModelStreamInferResponse.FromString(codec.piece(answer)) == (
+        pb.ModelStreamInferResponse(infer_response=m)
+    )
     assert (m.model_name, m.model_version, m.id) == ("digits", "3", "me")
     assert [(t.name, t.datatype, list(t.shape)) for t in m.outputs] == [
         ("p", "FP32", [1, 2]),
@@ -175,6 +179,14 @@ def test_a_reply_travels_raw() -> None:
     ]
     assert m.raw_output_contents[0] == np.ones((1, 2), "<f4").tobytes()
     assert m.raw_output_contents[1] == b"\x03\x00\x00\x00one\x00\x00\x00\x00"
+
+
+@pytest.mark.parametrize("size", [0, 127, 128, 16_383, 16_384, 3 << 20])
+def test_raw_contents_of_any_size_are_a_field_of_protobuf(size: int) -> None:
+    outputs = (Tensor("p", "UINT8", (size,), bytes(size)),)
+    m = pb.ModelInferResponse.FromString(codec.reply(Reply(outputs), "m", "", ""))
+    assert m.raw_output_contents == [bytes(size)]
+    assert m.SerializeToString() == codec.reply(Reply(outputs), "m", "", "")
 
 
 def test_a_description_tells_specs_and_digest() -> None:

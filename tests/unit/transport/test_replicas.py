@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 from dataclasses import dataclass
 
@@ -55,6 +56,13 @@ def test_a_replica_without_a_connection_is_left_aside_if_another_has_one() -> No
     for one in made:
         one.is_up = False
     assert {made.take().address for _ in range(20)} == {"a", "b"}
+
+
+def test_the_random_numbers_of_the_user_stay_as_they_are() -> None:
+    made, before = replicas("a", "b", "c"), random.getstate()
+    for _ in range(20):
+        made.take()
+    assert random.getstate() == before
 
 
 def test_without_a_replica_there_is_no_call() -> None:

@@ -14,6 +14,8 @@ from ztserve.transport import tls
 DOMAIN = "td.example"
 SERVER = f"spiffe://{DOMAIN}/ns/ml/sa/server"
 CLIENT = f"spiffe://{DOMAIN}/ns/ml/sa/client"
+SIZES = (1, 16_383, 16_384, 16_385, 70_000, 3)
+"""Of what is written at once: one record or several."""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,13 @@ def ends(authority, spiffe_id, **source):
     return tls.Ends(authority.source(spiffe_id, **source))
 
 
+def met(authority):
+    server = ends(authority, SERVER).accept(anybody)
+    client = ends(authority, CLIENT).connect(only(SERVER))
+    assert connected(server, client) == {}
+    return server, client
+
+
 def test_two_ends_know_each_other_before_a_byte_is_sent(authority):
     server = ends(authority, SERVER).accept(anybody)
     client = ends(authority, CLIENT).connect(only(SERVER))
@@ -71,6 +80,46 @@ def test_two_ends_know_each_other_before_a_byte_is_sent(authority):
     assert client.read() is None
     client.receive(server.close())
     assert client.read() == b""
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 5, 6, 1000, 16_405, 16_406, 16_407])
+def test_what_arrives_in_pieces_is_read_as_soon_as_a_record_is_whole(
+    authority, at_once
+):
+    server, client = met(authority)
+    wire = b"".join(client.write(bytes([n]) * size) for n, size in enumerate(SIZES))
+    heard = b""
+    for at in range(0, len(wire), at_once):
+        server.receive(wire[at : at + at_once])
+        heard += server.read() or b""
+    assert heard == b"".join(bytes([n]) * size for n, size in enumerate(SIZES))
+
+
+def test_a_record_is_read_once_it_is_whole_and_not_before(authority):
+    server, client = met(authority)
+    first, second = client.write(b"first"), client.write(b"second")
+    server.receive(first + second[:-1])
+    assert server.read() == b"first"
+    assert server.read() is None
+    server.receive(second[-1:])
+    assert server.read() == b"second"
+
+
+@pytest.mark.parametrize("junk", [b"\x17\x03\x03\xff\xff", b"\x17\x03\x03\x41\x01"])
+def test_a_record_that_would_be_too_long_is_refused_by_its_head(authority, junk):
+    server, _client = met(authority)
+    server.receive(junk)
+    with pytest.raises(tls.HandshakeRefused, match="not TLS"):
+        server.read()
+    assert server.ended
+
+
+def test_an_alert_ends_the_session_after_what_came_before_it(authority):
+    server, client = met(authority)
+    server.receive(client.write(b"last words") + client.close())
+    assert server.read() == b"last words"
+    assert server.ended
+    assert server.read() == b""
 
 
 def test_it_is_tls_1_3_with_the_group_that_is_safe_from_quantum_computers(authority):

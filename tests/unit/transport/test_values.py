@@ -76,7 +76,8 @@ def test_answers_come_back_as_they_were_sent(strings: list[bytes]) -> None:
         Tensor("t", "BYTES", (1,), ("grüße".encode(),)),
         Tensor("s", "BYTES", (len(strings),), tuple(strings)),
     )
-    back = values.values(values.tensors(codec.reply(Reply(outputs), "m", "", "")))
+    answer = codec.reply(Reply(outputs), "m", "", "")
+    back = values.values(values.tensors(pb.ModelInferResponse.FromString(answer)))
     assert back["p"].tolist() == [1, -1]
     assert back["t"] == "grüße"
     assert back["s"].tolist() == strings

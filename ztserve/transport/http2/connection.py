@@ -52,7 +52,7 @@ class Connection:
         self._allowance = Allowance(bounds)
         self.refresh = self._allowance.refresh
         self._out = Outbox(bounds.max_frame_bytes)
-        self.outgoing = self._out.take
+        self.outgoing, self.blocks = self._out.take, self._out.blocks
         self._events: list[Event] = []
         self._streams = Streams(self._out, bounds, client=client)
         self.consumed = self._streams.consumed
@@ -117,7 +117,7 @@ class Connection:
     def unsent(self, stream_id: int) -> int:
         """Return how many bytes of a stream wait for room in a window."""
         stream = self._streams.get(stream_id)
-        return 0 if stream is None else len(stream.out.pending)
+        return 0 if stream is None else stream.out.pending
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the wire; return what they mean."""

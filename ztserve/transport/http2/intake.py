@@ -15,11 +15,12 @@ else: padding, priority and CONTINUATION frames are dealt with."""
 class Intake:
     """Cuts what arrives into frames, none of them larger than the bounds allow."""
 
-    __slots__ = ("_block", "_bounds", "_buffer", "_more", "_preface", "_settings")
+    __slots__ = ("_block", "_bounds", "_more", "_preface", "_rest", "_settings")
 
     def __init__(self, bounds: Bounds, *, preface: bool) -> None:
         self._bounds = bounds
-        self._buffer = bytearray()
+        self._rest = bytearray()
+        """What there is of a frame, or of the preface, that is not complete."""
         self._preface = preface
         """Whether the preface of a client is still to come."""
         self._settings = True
@@ -31,23 +32,30 @@ class Intake:
 
     def frames(self, data: bytes) -> Iterator[Frame]:
         """Yield each frame that is complete with `data`. Raises FatalError."""
-        buffer: bytes | bytearray = data
-        if self._buffer or self._preface:
-            self._buffer += data
-            buffer = self._buffer
+        at = 0
         if self._preface:
-            self._take_preface()
+            at = self._take_preface(data)
             if self._preface:
                 return
-        at, size = 0, len(buffer)
+        if self._rest:
+            at = self._complete(data, at)
+            if at < 0:
+                return
+            begun, self._rest = bytes(self._rest), bytearray()
+            yield from self._cut(begun, 0)
+        yield from self._cut(data, at)
+
+    def _cut(self, data: bytes, at: int) -> Iterator[Frame]:
+        """Yield the frames of `data` from `at` on; keep what is left of it."""
+        size = len(data)
         while size - at >= frames.HEADER_BYTES:
             begin = at + frames.HEADER_BYTES
-            kind, flags = buffer[at + 3], buffer[at + 4]
-            end = begin + self._length(buffer, at, kind, flags)
+            end = begin + self._length(data, at)
             if end > size:
                 break
-            stream_id = int.from_bytes(buffer[at + 5 : begin], "big") & 0x7FFFFFFF
-            payload = bytes(buffer[begin:end])
+            kind, flags = data[at + 3], data[at + 4]
+            stream_id = int.from_bytes(data[at + 5 : begin], "big") & 0x7FFFFFFF
+            payload = data[begin:end]
             at = end
             _check(kind, stream_id, len(payload))
             if kind == frames.HEADERS or self._block is not None:
@@ -56,15 +64,30 @@ class Intake:
                     yield whole
             else:
                 yield kind, flags, stream_id, payload
-        if buffer is self._buffer:
-            del self._buffer[:at]
-        elif at < size:
-            self._buffer += buffer[at:]
+        if at < size:
+            self._rest += data[at:] if at else data
 
-    def _length(self, buffer: bytes | bytearray, at: int, kind: int, flags: int) -> int:
-        length = buffer[at] << 16 | buffer[at + 1] << 8 | buffer[at + 2]
+    def _complete(self, data: bytes, at: int) -> int:
+        """Add what is missing of the frame that was begun; -1 where that is not all.
+
+        Return where in `data` the next begins. All the rest of it stays where it is.
+        """
+        rest = self._rest
+        if len(rest) < frames.HEADER_BYTES:
+            more = frames.HEADER_BYTES - len(rest)
+            rest += data[at : at + more]
+            at += more
+            if len(rest) < frames.HEADER_BYTES:
+                return -1
+        more = frames.HEADER_BYTES + self._length(rest, 0) - len(rest)
+        rest += data[at : at + more]
+        at += more
+        return at if at <= len(data) else -1
+
+    def _length(self, data: bytes | bytearray, at: int) -> int:
+        length = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
         if self._settings:
-            if kind != frames.SETTINGS or flags & frames.ACK:
+            if data[at + 3] != frames.SETTINGS or data[at + 4] & frames.ACK:
                 raise offence("the first frame is not SETTINGS")
             self._settings = False
         if length > self._bounds.max_frame_bytes:
@@ -73,13 +96,16 @@ class Intake:
             )
         return length
 
-    def _take_preface(self) -> None:
-        given = bytes(self._buffer[: len(frames.PREFACE)])
-        if not frames.PREFACE.startswith(given):
+    def _take_preface(self, data: bytes) -> int:
+        """Return where in `data` it ends."""
+        more = len(frames.PREFACE) - len(self._rest)
+        self._rest += data[:more]
+        if not frames.PREFACE.startswith(self._rest):
             raise offence("not the preface of an HTTP/2 client")
-        if len(given) == len(frames.PREFACE):
+        if len(data) >= more:
             self._preface = False
-            del self._buffer[: len(given)]
+            self._rest.clear()
+        return more
 
     def _assembled(
         self, kind: int, flags: int, stream_id: int, payload: bytes

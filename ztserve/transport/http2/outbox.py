@@ -1,6 +1,7 @@
 """What is to be sent: blocks and data, within the peer's windows (RFC 9113, 5.2)."""
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 from ztserve.transport.http2 import frames
 from ztserve.transport.http2.errors import FatalError, StreamError
@@ -11,24 +12,46 @@ _NO_TABLE = b"\x20"
 """A dynamic table of 0 bytes fits into any that a peer allows (RFC 7541, 4.2, 6.3)."""
 _TURN_BYTES = 64 * 1024
 """Of one stream, before another has its turn."""
+_SMALL_BYTES = 4096
 
 
 class Outgoing:
     """Our half of a stream."""
 
-    __slots__ = ("ended", "ends", "id", "pending", "trailers", "window")
+    __slots__ = ("_pieces", "ended", "ends", "id", "pending", "trailers", "window")
 
     def __init__(self, stream_id: int, window: int) -> None:
         self.id = stream_id
         self.window = window
         """Bytes that the peer takes on this stream."""
-        self.pending = bytearray()
+        self.pending = 0
         """Bytes that no window has room for yet."""
+        self._pieces: deque[bytes | memoryview] = deque()
         self.trailers: Block | None = None
         """What follows them."""
         self.ends = False
         """Whether our end follows what is pending."""
         self.ended = False
+
+    def keep(self, data: bytes) -> None:
+        """Have `data` wait; small pieces together, each object costs memory."""
+        self.pending += len(data)
+        if self._pieces and len(self._pieces[-1]) + len(data) < _SMALL_BYTES:
+            self._pieces[-1] = bytes(self._pieces[-1]) + data
+        elif data:
+            self._pieces.append(data)
+
+    def take(self, room: int) -> Iterator[bytes | memoryview]:
+        """Yield pieces of what waits, `room` bytes together, of which there are."""
+        self.pending -= room
+        while room:
+            piece = self._pieces.popleft()
+            if len(piece) > room:
+                whole = memoryview(piece)  # whose slices are no copies
+                self._pieces.appendleft(whole[room:])
+                piece = whole[:room]
+            room -= len(piece)
+            yield piece
 
 
 class Outbox:
@@ -48,9 +71,23 @@ class Outbox:
 
     def take(self) -> bytes:
         """Return what is to be sent now, and forget it."""
-        out = b"".join(self._frames)
-        self._frames.clear()
-        return out
+        return b"".join(self.blocks(frames.MOST_WINDOW))
+
+    def blocks(self, size: int) -> Iterator[bytes]:
+        """Yield what is to be sent, and forget it, in blocks of about `size` bytes."""
+        block: list[bytes | memoryview] = []
+        waiting, self._frames = self._frames, []
+        self.add = self._frames.append
+        count = 0
+        for piece in waiting:
+            block.append(piece)
+            count += len(piece)
+            if count >= size:
+                yield b"".join(block)
+                block.clear()
+                count = 0
+        if block:
+            yield b"".join(block)
 
     def stream(self, stream_id: int) -> Outgoing:
         """Return our half of a new stream."""
@@ -88,10 +125,10 @@ class Outbox:
         if not half.pending and size <= self._window and size <= half.window:
             self._send(half, data, end=end)  # nearly always
             return
-        half.pending += data
+        half.keep(data)
         self._flush(half)
 
-    def _send(self, half: Outgoing, data: bytes, *, end: bool) -> None:
+    def _send(self, half: Outgoing, data: bytes | memoryview, *, end: bool) -> None:
         """Send `data`, for which there is room."""
         size, most = len(data), self._frame
         self._window -= size
@@ -112,12 +149,15 @@ class Outbox:
 
     def _flush(self, half: Outgoing, most: int = frames.MOST_WINDOW) -> bool:
         """Send at most `most` bytes of what waits; return whether any were sent."""
-        room = max(0, min(self._window, half.window, len(half.pending), most))
-        rest = len(half.pending) - room
+        room = max(0, min(self._window, half.window, half.pending, most))
+        rest = half.pending - room
         ends = half.ends and half.trailers is None and not rest
-        if room or ends:
-            self._send(half, bytes(half.pending[:room]), end=ends)
-            del half.pending[:room]
+        left = room
+        for piece in half.take(room):
+            left -= len(piece)
+            self._send(half, piece, end=ends and not left)
+        if ends and not room:
+            self._send(half, b"", end=True)
         if rest:
             self._blocked[half.id] = half
             return room > 0

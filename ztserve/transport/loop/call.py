@@ -46,7 +46,7 @@ class ClientCall(ABC):
         most: int,
     ) -> None:
         self.path = path
-        self.body = messages.framed(message)
+        self.body = messages.body(message)
         self.metadata = encode(messages.fields_of(metadata)) if metadata else b""
         self.server = server
         self._attempts = attempts

@@ -111,10 +111,8 @@ class Carrier(asyncio.Protocol):
         self._flushing = False
         if self._http2 is None or self._transport.is_closing():
             return
-        data = self._http2.outgoing()
-        whole = memoryview(data)
-        for at in range(0, len(data), WRITE_BYTES):
-            self._transport.write(self._session.write(whole[at : at + WRITE_BYTES]))
+        for block in self._http2.blocks(WRITE_BYTES):
+            self._transport.write(self._session.write(block))
         if self._http2.over or (self._leaving and not self._http2.open_streams):
             self._close()
 

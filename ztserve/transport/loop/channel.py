@@ -17,6 +17,7 @@ from ztserve.types import Peer
 DIAL_S = 5.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.1, 2.0
 """Between two attempts at a connection, and the least that one should last."""
+_jitter = random.SystemRandom().uniform
 RENEW_S = 600.0
 """Each server is verified anew at least this often, and before its SVID expires."""
 RENEW_AT = 0.6
@@ -184,7 +185,7 @@ class Channel:
             self._carry(call)
 
     def _hold_off(self, now: float) -> None:
-        self._next_s = now + self._pause_s * random.uniform(0.8, 1.2)  # noqa: S311
+        self._next_s = now + self._pause_s * _jitter(0.8, 1.2)
         self._pause_s = min(self._pause_s * 2, MOST_PAUSE_S)
 
     async def _dial(self) -> None:

@@ -100,7 +100,10 @@ class Link(Carrier):
         head = messages.request_head(call.path, self._address)
         head += messages.timeout(call.left_s()) + call.metadata
         stream_id = call.stream_id = http2.request(head)
-        http2.data(stream_id, call.body, end=True)
+        *first, last = call.body
+        for piece in first:
+            http2.data(stream_id, piece)
+        http2.data(stream_id, last, end=True)
         self._calls[stream_id] = call
         self._fresh.append(stream_id)
         self.flush()

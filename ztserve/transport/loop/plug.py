@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
 
 
 class Plug:

@@ -10,6 +10,7 @@ from ztserve.identity import JwtProof, Quarantine, Source
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Reception, Refusal
 from ztserve.transport.limits import Limits
+from ztserve.transport.loop.allocator import keep_freed_memory
 from ztserve.transport.loop.answers import Answers
 from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.credentials import LoopCredentials
@@ -91,6 +92,7 @@ class Server:
         """
         if self._started:
             raise ConfigError("this server has been started already")
+        keep_freed_memory()
         ends = Ends(self._source)
         listener, port = _listening(host, ports)
         self._started = True

@@ -203,7 +203,8 @@ class Wire(Carrier):
         http2 = self._http2
         if http2 is not None:
             http2.headers(call.stream_id, messages.HEAD)
-            http2.data(call.stream_id, messages.framed(message))
+            for piece in messages.body(message):
+                http2.data(call.stream_id, piece)
             http2.headers(call.stream_id, messages.OK, end=True)
         self._forget(call.stream_id)
         self.flush()
