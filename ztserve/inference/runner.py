@@ -27,6 +27,7 @@ from ztserve.inference.batching import Combiner
 from ztserve.inference.context import inference_mode, working_for
 from ztserve.inference.convert import from_model, to_model
 from ztserve.inference.loop import CLOSE_S, ModelLoop
+from ztserve.inference.steps import Steps
 from ztserve.inference.turns import Turns, still_wanted
 from ztserve.types import Batch, Call, Inputs, Outputs, Spec, TensorSpec, TextSpec
 
@@ -175,20 +176,23 @@ class Runner:
         It is closed where its reader leaves it, or its caller has gone.
         """
         try:
-            while (piece := self._next(call, stream, turn)) is not None:
-                yield piece
+            if isinstance(stream, AsyncIterator):
+                while (piece := self._awaited(call, stream)) is not _END:
+                    yield from_model(piece, self._outputs)
+                return
+            steps = Steps(stream, lambda piece: from_model(piece, self._outputs))
+            while not steps.over:
+                still_wanted(call)
+                with turn(call):
+                    pieces = steps.take()
+                yield from pieces
         except BaseException:
             self._close(stream, turn)
             raise
 
-    def _next(self, call: Call, stream: Any, turn: _Turn) -> Outputs | None:
+    def _awaited(self, call: Call, stream: AsyncIterator[Any]) -> object:
         still_wanted(call)
-        if isinstance(stream, AsyncIterator):
-            piece = self._loop.wait((call,), anext(stream, _END))
-            return None if piece is _END else from_model(piece, self._outputs)
-        with turn(call):
-            piece = next(stream, _END)
-            return None if piece is _END else from_model(piece, self._outputs)
+        return self._loop.wait((call,), anext(stream, _END))
 
     def _close(self, stream: Any, turn: _Turn) -> None:
         if hasattr(stream, "aclose"):

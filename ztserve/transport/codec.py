@@ -7,6 +7,7 @@ number outside of its datatype, broken length prefixes. Each refusal names the t
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
@@ -59,6 +60,7 @@ _NARROW: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """Datatypes that travel in a wider field, with their least and greatest number."""
 _LENGTH = struct.Struct("<I")
+_RAW_OUTPUT_CONTENTS = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 _INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 Contents: TypeAlias = bytes | tuple[bytes, ...]
@@ -183,16 +185,31 @@ def strings(raw: bytes, where: str) -> tuple[bytes, ...]:
 
 def reply(answer: Reply, model: str, version: str, own_id: str) -> bytes:
     """Return `answer` as a ModelInferResponse; its tensors travel raw."""
-    m = pb.ModelInferResponse(model_name=model, model_version=version, id=own_id)
+    described = tuple([(it.name, it.datatype, it.shape) for it in answer.outputs])
+    parts = [_described(model, version, described)]
+    if own_id:
+        text = own_id.encode()
+        parts += _head(pb.ModelInferResponse.ID_FIELD_NUMBER, len(text)), text
     for tensor in answer.outputs:
-        m.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-    field = m.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
-    return with_raw(m, field, (raw(tensor.data) for tensor in answer.outputs))
+        data = raw(tensor.data)
+        parts += _head(_RAW_OUTPUT_CONTENTS, len(data)), data
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=256)  # a model has few forms of answers, and a stream's is one
+def _described(
+    model: str, version: str, outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+) -> bytes:
+    """Return an answer without its id and its contents."""
+    m = pb.ModelInferResponse(model_name=model, model_version=version)
+    for name, datatype, shape in outputs:
+        m.outputs.add(name=name, datatype=datatype, shape=shape)
+    return m.SerializeToString()
 
 
 def piece(answer: bytes) -> bytes:
     """Return one `reply` as a message of a stream, a ModelStreamInferResponse."""
-    return b"".join((_head(_INFER_RESPONSE, len(answer)), answer))
+    return _head(_INFER_RESPONSE, len(answer)) + answer
 
 
 def with_raw(m: Message, field: int, contents: Iterable[bytes]) -> bytes:

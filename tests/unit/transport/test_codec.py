@@ -181,6 +181,21 @@ def test_a_reply_travels_raw() -> None:
     assert m.raw_output_contents[1] == b"\x03\x00\x00\x00one\x00\x00\x00\x00"
 
 
+def test_answers_that_differ_in_any_part_are_not_taken_for_each_other() -> None:
+    def message(name: str, datatype: str, shape: tuple[int, ...], *given: str) -> bytes:
+        outputs = (Tensor(name, datatype, shape, b"abcd"),)
+        return codec.reply(Reply(outputs), *given)
+
+    given = ("p", "FP32", (1,), "m", "1", "me")
+    others = ("q", "INT32", (1, 1), "n", "2", "you")
+    made = {message(*given)}  # type: ignore[arg-type]
+    for at, other in enumerate(others):
+        made.add(message(*given[:at], other, *given[at + 1 :]))  # type: ignore[arg-type]
+    assert len(made) == 1 + len(others)
+    again = pb.ModelInferResponse.FromString(message(*given))  # type: ignore[arg-type]
+    assert (again.model_name, again.model_version, again.id) == ("m", "1", "me")
+
+
 @pytest.mark.parametrize("size", [0, 127, 128, 16_383, 16_384, 3 << 20])
 def test_raw_contents_of_any_size_are_a_field_of_protobuf(size: int) -> None:
     outputs = (Tensor("p", "UINT8", (size,), bytes(size)),)
