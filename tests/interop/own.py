@@ -217,7 +217,7 @@ def _end(error: ZTServeError) -> End:
     said = error.public if isinstance(error, CallError) else str(error)
     if said == GIVEN_UP:
         return End(grpc.StatusCode.CANCELLED.value[0], said)
-    return End(status.status(error).code.value[0], said)
+    return End(status.status(error).code, said)
 
 
 OWN = {"ztserve Client": Blocking, "ztserve AsyncClient": Awaited}

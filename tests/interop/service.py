@@ -27,7 +27,7 @@ LIMITS = Limits(
 )
 """Fewer calls at once on a connection than `concurrent_large_unary` begins."""
 STATUSES: dict[int, type[CallError]] = {
-    row.code.value[0]: kind
+    row.code: kind
     for kind, row in statuses.TABLE.items()
     if issubclass(kind, CallError)
 }

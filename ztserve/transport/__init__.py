@@ -15,7 +15,7 @@ from ztserve.transport.directory import (
     directory_methods,
 )
 from ztserve.transport.limits import Limits
-from ztserve.transport.loop import Server
+from ztserve.transport.loop.server import Server
 from ztserve.transport.methods import Method, inference_methods
 from ztserve.transport.protocol import Metadata
 from ztserve.transport.status import http_status

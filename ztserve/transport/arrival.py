@@ -5,14 +5,13 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from urllib.parse import unquote
 
-import grpc
-
-from ztserve.errors import CallError, InvalidInput, Unauthenticated
+from ztserve.errors import CallError, Unauthenticated
 from ztserve.identity import JwtProof
 from ztserve.transport import callers
-from ztserve.transport.credentials import Facts, ServerCredentials
+from ztserve.transport.loop.credentials import Credentials, Visitor
+from ztserve.transport.loop.exchange import Exchange
+from ztserve.transport.messages import Metadata
 from ztserve.types import Call, Caller, Operation, Peer
 
 WITHHELD = "zt-"
@@ -35,23 +34,23 @@ class Refusal:
 class Cancelled:
     """Whether nobody waits for the answer any more: `Call.cancelled`.
 
-    It must let go of gRPC's context when the call has ended: whoever keeps a Call
-    would otherwise keep its HTTP/2 stream, and streams are limited.
+    It lets go of the exchange when the call has ended: whoever keeps a Call would
+    otherwise keep its connection and what that holds.
     """
 
-    __slots__ = ("_context",)
+    __slots__ = ("_exchange",)
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self._context: grpc.ServicerContext | None = context
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange: Exchange | None = exchange
 
     def __call__(self) -> bool:
         """Return whether the call has ended, by whosever hand."""
-        context = self._context
-        return context is None or not context.is_active()
+        exchange = self._exchange
+        return exchange is None or exchange.over
 
     def end(self) -> None:
-        """Forget the context: the call has ended."""
-        self._context = None
+        """Let go: the call has ended."""
+        self._exchange = None
 
 
 class Reception:
@@ -59,24 +58,22 @@ class Reception:
 
     def __init__(
         self,
-        credentials: ServerCredentials,
+        credentials: Credentials,
         *,
         delegates: Collection[str],
-        max_metadata_bytes: int,
         proof: JwtProof | None,
         host: str,
         port: int,
     ) -> None:
         self._credentials = credentials
         self._delegates = frozenset(delegates)
-        self._max_metadata_bytes = max_metadata_bytes
         self._proof = proof
         self._host = host
         self._port = port
 
     def call(
         self,
-        context: grpc.ServicerContext,
+        exchange: Exchange,
         peer: Peer,
         operation: Operation,
         longest_s: float,
@@ -86,16 +83,14 @@ class Reception:
 
         And what `callers.check_request` needs where the peer asserts a caller. Its
         deadline is the caller's, at most `longest_s` ahead. Raises Unauthenticated
-        where a delegate's caller header or the peer's own token does not hold,
-        InvalidInput where there is too much metadata.
+        where a delegate's caller header or the peer's own token does not hold.
         """
         headers = _NO_HEADERS
         caller: Caller | None = None
         bound: str | None = None
         notes: tuple[str, ...] = ()
-        metadata = context.invocation_metadata()
-        if metadata:
-            headers, asserted = sorted_out(metadata, self._max_metadata_bytes)
+        if exchange.metadata:
+            headers, asserted = sorted_out(exchange.metadata)
             if asserted:
                 if peer.id in self._delegates:
                     caller, bound = self._caller(asserted, peer)
@@ -105,14 +100,13 @@ class Reception:
             shown = dict(headers)
             self._proof.check(shown.pop("authorization", None), peer)
             headers = MappingProxyType(shown)
-        source_ip, source_port = source(context.peer())
-        remaining_s = context.time_remaining()
+        source_ip, source_port = exchange.source
         call = Call(
             id=new_id(),
             peer=peer,
             caller=caller,
             operation=operation,
-            deadline=time.monotonic() + min(remaining_s, longest_s),
+            deadline=min(exchange.due, time.monotonic() + longest_s),
             headers=headers,
             host=self._host,
             port=self._port,
@@ -123,12 +117,12 @@ class Reception:
         )
         return call, bound
 
-    def again(self, call: Call, facts: Facts) -> Call:
+    def again(self, call: Call, visitor: Visitor) -> Call:
         """Return the Call of a stream's next message: same words, judged anew.
 
         Raises Unauthenticated where the peer's identity does not hold any more.
         """
-        return replace(call, id=new_id(), peer=self._credentials.peer(facts))
+        return replace(call, id=new_id(), peer=self._credentials.peer(visitor))
 
     def _caller(self, asserted: list[bytes], peer: Peer) -> tuple[Caller, str]:
         if len(asserted) > 1:
@@ -140,42 +134,21 @@ class Reception:
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-def sorted_out(
-    metadata: Collection[tuple[str, str | bytes]], max_bytes: int
-) -> tuple[Mapping[str, str], list[bytes]]:
+def sorted_out(metadata: Metadata) -> tuple[Mapping[str, str], list[bytes]]:
     """Return what rooms may see, and the caller headers.
 
     A header given twice is one of both values (RFC 9110, 5.3). Binary ones are
-    dropped: no policy can speak of them. Raises InvalidInput beyond `max_bytes`:
-    gRPC's own limit does not hold for what comes in CONTINUATION frames.
+    dropped: no policy can speak of them.
     """
     headers: dict[str, str] = {}
     asserted: list[bytes] = []
-    size = 0
     for name, value in metadata:
-        size += len(name) + len(value)
-        if size > max_bytes:
-            raise InvalidInput(f"the call has more than {max_bytes} bytes of metadata")
         if name.startswith(WITHHELD):
             if name == callers.HEADER and isinstance(value, bytes):
                 asserted.append(value)
         elif isinstance(value, str):
             headers[name] = f"{headers[name]},{value}" if name in headers else value
     return MappingProxyType(headers), asserted
-
-
-def source(peer: str) -> tuple[str, int]:
-    """Return address and port of gRPC's name for the other end of a connection.
-
-    ``ipv4:127.0.0.1:4000`` or ``ipv6:%5B::1%5D:4000``; else the text itself and 0.
-    """
-    kind, _, rest = peer.partition(":")
-    address, _, port = rest.rpartition(":")
-    if kind not in ("ipv4", "ipv6") or not port.isdecimal():
-        return peer, 0
-    if kind == "ipv6":
-        address = unquote(address).strip("[]")
-    return address, int(port)
 
 
 def new_id() -> str:

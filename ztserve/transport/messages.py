@@ -8,7 +8,8 @@ import base64
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -39,15 +40,45 @@ _SPACE = 0x20
 _PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
 
 
+class Code(IntEnum):
+    """gRPC's status codes ("Status codes and their use in gRPC")."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class Status(NamedTuple):
+    """How a call ends: gRPC's code, the sentence, and the trailing metadata."""
+
+    code: int
+    message: str
+    metadata: Metadata
+
+
+GOOD = Status(Code.OK, "", ())
+
+
 class Unreadable(Exception):
     """A body that is not a sequence of messages; `code` is gRPC's for it."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
         self.code, self.reason = code, reason
-
-
-INTERNAL, UNIMPLEMENTED = 13, 12
 
 
 class Compressed(bytes):
@@ -125,9 +156,9 @@ class Reassembly:
     def _announced(self) -> int:
         flag = self._head[0]
         if flag > 1:
-            raise Unreadable(INTERNAL, f"a message begins with {flag}, not 0 or 1")
+            raise Unreadable(Code.INTERNAL, f"a message begins with {flag}, not 0 or 1")
         if flag and not self._gzip:
-            raise Unreadable(INTERNAL, "a compressed message, as nobody agreed on")
+            raise Unreadable(Code.INTERNAL, "a compressed message, as nobody agreed on")
         size = int.from_bytes(self._head[1:], "big")
         if size > self._most:
             raise InvalidInput(
@@ -145,13 +176,13 @@ def expanded(message: Compressed, most: int) -> bytes:
     try:
         whole = expander.decompress(message, most + 1)
     except zlib.error as error:
-        raise Unreadable(INTERNAL, f"not gzip: {error}") from error
+        raise Unreadable(Code.INTERNAL, f"not gzip: {error}") from error
     if len(whole) > most:
         raise InvalidInput(
             f"the message expands to over {most} bytes, which is the limit"
         )
     if not expander.eof or expander.unused_data:
-        raise Unreadable(INTERNAL, "gzip that is cut short, or more than gzip")
+        raise Unreadable(Code.INTERNAL, "gzip that is cut short, or more than gzip")
     return whole
 
 
@@ -176,7 +207,7 @@ def timeout_s(fields: Fields) -> float | None:
         if name == b"grpc-timeout":
             found = _TIMEOUT.fullmatch(value)
             if found is None:
-                raise Unreadable(INTERNAL, f"grpc-timeout {value[:80]!r}")
+                raise Unreadable(Code.INTERNAL, f"grpc-timeout {value[:80]!r}")
             return int(found[1]) * _UNIT_S[found[2]]
     return None
 
@@ -186,7 +217,7 @@ def is_gzip(fields: Fields) -> bool:
     for name, value in fields:
         if name == b"grpc-encoding" and value != b"identity":
             if value != b"gzip":
-                raise Unreadable(UNIMPLEMENTED, f"grpc-encoding {value[:80]!r}")
+                raise Unreadable(Code.UNIMPLEMENTED, f"grpc-encoding {value[:80]!r}")
             return True
     return False
 
@@ -215,7 +246,7 @@ def metadata(fields: Fields) -> Metadata:
         elif _ASCII_VALUE.fullmatch(value):
             found.append((name.decode(), value.decode()))
         else:
-            raise Unreadable(INTERNAL, f"the metadata {name[:80]!r} is not ASCII")
+            raise Unreadable(Code.INTERNAL, f"the metadata {name[:80]!r} is not ASCII")
     return tuple(found)
 
 
@@ -223,12 +254,12 @@ def _binary(name: bytes, value: bytes) -> Iterator[bytes]:
     # A comma is a byte for the caller, and a value for us.
     if value.count(b",") >= MAX_VALUES:
         reason = f"{name[:80]!r} has over {MAX_VALUES} values"
-        raise Unreadable(INTERNAL, reason)
+        raise Unreadable(Code.INTERNAL, reason)
     for one in value.split(b","):
         try:
             yield base64.b64decode(one + b"=" * (-len(one) % 4), validate=True)
         except ValueError as error:
-            raise Unreadable(INTERNAL, f"{name[:80]!r} is not base64") from error
+            raise Unreadable(Code.INTERNAL, f"{name[:80]!r} is not base64") from error
 
 
 def fields_of(given: Iterable[tuple[str, str | bytes]]) -> Fields:
@@ -278,32 +309,35 @@ OK: Block = encode(_GOOD)
 NOT_GRPC: Block = encode(((b":status", b"415"),))
 
 
-def ended(code: int, message: str, more: Mapping[str, str]) -> Fields:
-    """Return the trailers of a call that ended in the status `code`."""
-    return (
-        (b"grpc-status", b"%d" % code),
-        (b"grpc-message", percent_encoded(message)),
-        *((name.encode(), value.encode()) for name, value in more.items()),
-    )
-
-
-def trailers(code: int, message: str, more: Mapping[str, str]) -> Block:
+def trailers(status: Status) -> Block:
     """Return the trailers of a call that had a head."""
-    return encode(ended(code, message, more))
+    return OK if status is GOOD else encode(_ended(status))
 
 
-def trailers_only(code: int, message: str, more: Mapping[str, str]) -> Block:
+def trailers_only(status: Status) -> Block:
     """Return the whole answer of a call without a message (Trailers-Only)."""
-    return encode((*_HEAD, *ended(code, message, more)))
+    return encode((*_HEAD, *_ended(status)))
+
+
+def _ended(status: Status) -> Fields:
+    return (
+        (b"grpc-status", b"%d" % status.code),
+        (b"grpc-message", percent_encoded(status.message)),
+        *fields_of(status.metadata),
+    )
 
 
 # --- a client's heads, and what comes back ------------------------------------------
 
 USER_AGENT = f"grpc-python-ztserve/{ztserve.__version__}".encode()
 _MOST_OF_A_UNIT = 99_999_999  # TimeoutValue: eight digits
-_CODES_OF_HTTP = {400: INTERNAL, 401: 16, 403: 7, 404: UNIMPLEMENTED}
-_CODES_OF_HTTP |= dict.fromkeys((429, 502, 503, 504), 14)
-UNKNOWN = 2
+_CODES_OF_HTTP = {
+    400: Code.INTERNAL,
+    401: Code.UNAUTHENTICATED,
+    403: Code.PERMISSION_DENIED,
+    404: Code.UNIMPLEMENTED,
+    **dict.fromkeys((429, 502, 503, 504), Code.UNAVAILABLE),
+}
 
 
 @lru_cache(maxsize=256)
@@ -341,26 +375,18 @@ def _timeout(milliseconds: int) -> Block:
     return encode(((b"grpc-timeout", b"%dS" % seconds),))
 
 
-class Status(NamedTuple):
-    """How a call ended: gRPC's code, the sentence, and the trailing metadata."""
-
-    code: int
-    message: str
-    metadata: Metadata
-
-
 def answered(head: Response) -> Status | None:
     """Return how a call ended whose answer begins with `head`; None: gRPC tells it.
 
     "HTTP to gRPC Status Code Mapping" of the gRPC project.
     """
     if head.status != 200:
-        code = _CODES_OF_HTTP.get(head.status, UNKNOWN)
+        code = _CODES_OF_HTTP.get(head.status, Code.UNKNOWN)
         return Status(code, f"HTTP status {head.status}", ())
     for name, value in head.fields:
         if name == b"content-type" and _CONTENT_TYPE.fullmatch(value):
             return None
-    return Status(UNKNOWN, "the answer is not gRPC", ())
+    return Status(Code.UNKNOWN, "the answer is not gRPC", ())
 
 
 def status(trailers: Fields) -> Status:
@@ -375,8 +401,5 @@ def status(trailers: Fields) -> Status:
         elif name == b"grpc-message":
             text = percent_decoded(value)
     if code is None:
-        raise Unreadable(UNKNOWN, "the answer ends without a grpc-status")
+        raise Unreadable(Code.UNKNOWN, "the answer ends without a grpc-status")
     return Status(code, text, metadata(trailers))
-
-
-GOOD = Status(0, "", ())

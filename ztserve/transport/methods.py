@@ -45,16 +45,24 @@ class Exchange(Protocol):
         """Return the next message and its Call; None where there is none."""
 
 
+Answer: TypeAlias = Callable[[Call, Read], bytes]
+Stream: TypeAlias = Callable[[Exchange], Iterator[bytes]]
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One method on the wire. Just one of `answer` and `stream` is given."""
 
     path: str
     operation: Operation
-    answer: Callable[[Call, Read], bytes] | None = None
-    stream: Callable[[Exchange], Iterator[bytes]] | None = None
+    answer: Answer | None = None
+    stream: Stream | None = None
     answer_all: AnswerAll | None = None
     """Answers several calls whose messages are there, on one thread; where given."""
+
+    def __post_init__(self) -> None:
+        if (self.answer is None) == (self.stream is None):
+            raise ValueError(f"{self.path}: give either an answer or a stream")
 
 
 def inference_methods(
@@ -67,7 +75,7 @@ def inference_methods(
     """
     door = _Inference(service, model, version)
     named = operations(model)
-    answers: dict[str, Callable[[Call, Read], bytes]] = {
+    answers: dict[str, Answer] = {
         "ServerLive": door.live,
         "ServerReady": door.ready,
         "ModelReady": door.model_ready,

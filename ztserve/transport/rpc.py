@@ -1,38 +1,35 @@
-"""One call on the wire: its messages, and the patience that it is given."""
+"""The messages of one call, and the patience that it is given."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, cast
-
-import grpc
+from typing import TYPE_CHECKING
 
 from ztserve.errors import Cancelled, DeadlineExceeded, InvalidInput, ZTServeError
 from ztserve.transport.limits import Limits
+from ztserve.transport.loop.exchange import Cut, Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _LOG = logging.getLogger(__name__)
 
 SWEEP_S = 0.25
-CUT_S = 0.05
 GRACE_S = 1.0
 """After a deadline, so that the rooms' own DeadlineExceeded comes first."""
 
 
 class Rpc:
-    """A call that is running: reads its messages within bytes and time.
+    """A call that is running: reads its messages within its time.
 
     `due` is the moment (`time.monotonic`) at which the `Reaper` cancels it.
     """
 
-    __slots__ = ("_context", "_limits", "_messages", "deadline", "due", "still")
+    __slots__ = ("_exchange", "_limits", "deadline", "due", "still")
 
-    def __init__(
-        self, messages: Iterator[bytes], context: grpc.ServicerContext, limits: Limits
-    ) -> None:
-        self._messages = messages
+    def __init__(self, exchange: Exchange, limits: Limits) -> None:
+        self._exchange = exchange
         self._limits = limits
-        self._context: grpc.ServicerContext | None = context
         self.deadline = self.due = float("inf")
         self.still: Callable[[], object] | None = None
         """Raises ZTServeError once the peer may not go on; asked at each sweep."""
@@ -40,7 +37,7 @@ class Rpc:
     def read(self) -> bytes:
         """Return the first message, whole.
 
-        Raises InvalidInput, DeadlineExceeded or Cancelled.
+        Raises InvalidInput, Overloaded, DeadlineExceeded or Cancelled.
         """
         message = self._next(self._limits.body_s, "the request did not arrive within")
         if message is None:
@@ -55,20 +52,13 @@ class Rpc:
         """Bound the time that the caller takes to accept a piece of the answer."""
         self._wait(self._limits.stream_idle_s)
 
-    def cancel(self) -> None:
-        """End the call from another thread, if it has not ended by itself."""
-        context = self._context
-        if context is not None:
-            cast("Any", context).cancel()
-
     def running(self) -> None:
         """Bound the call by its own deadline."""
         self._wait(float("inf"))
 
-    def end(self) -> None:
-        """Let go of gRPC's part of the call."""
-        self._messages = iter(())
-        self._context = None
+    def cancel(self) -> None:
+        """End the call from another thread, if it has not ended by itself."""
+        self._exchange.cancel()
 
     def _wait(self, patience_s: float) -> None:
         # A caller that is gone need not have said so: its deadline holds meanwhile.
@@ -77,40 +67,17 @@ class Rpc:
     def _next(self, patience_s: float, complaint: str) -> bytes | None:
         self._wait(patience_s)
         try:
-            message = next(self._messages, None)
-            cut = message is None and self._was_cut()
-        except grpc.RpcError:
-            message, cut = None, True
-        most = self._limits.max_message_bytes
-        if cut:
-            if time.monotonic() >= self.deadline:
-                raise DeadlineExceeded("the deadline passed before the message came")
-            if time.monotonic() >= self.due:
-                raise DeadlineExceeded(f"{complaint} {patience_s:g} s")
-            raise Cancelled(
-                "the call ended before its message was whole",
-                f"the caller went away, or its message is far beyond {most} bytes",
-            )
+            message = self._exchange.receive()
+        except Cut:
+            now = time.monotonic()
+            if now >= self.deadline:
+                late = "the deadline passed before the message came"
+                raise DeadlineExceeded(late) from None
+            if now >= self.due:
+                raise DeadlineExceeded(f"{complaint} {patience_s:g} s") from None
+            raise Cancelled("the call ended before its message was whole") from None
         self.running()
-        if message is not None and len(message) > most:
-            raise InvalidInput(
-                f"the message has {len(message)} bytes, the limit is {most}"
-            )
         return message
-
-    def _was_cut(self) -> bool:
-        """Return whether there is no message because the call ended early.
-
-        grpcio tells of that an instant after the missing message; ours raises instead.
-        """
-        if getattr(self._context, "raises_when_cut", False):
-            return False
-        until = time.monotonic() + CUT_S
-        while self._context is not None and self._context.is_active():
-            if time.monotonic() >= until:
-                return False
-            time.sleep(CUT_S / 10)
-        return True
 
 
 class Reaper:

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import grpc
-
 from ztserve.errors import (
     CallError,
     Cancelled,
@@ -27,44 +25,45 @@ from ztserve.errors import (
     Withheld,
     ZTServeError,
 )
+from ztserve.transport.messages import Code
 
 ERROR_KEY = "zt-error"
 CALL_KEY = "zt-call-id"
 MAX_SENTENCE = 1024
 """Longest public sentence that travels, in characters."""
 
-_Code = grpc.StatusCode
-
 
 @dataclass(frozen=True, slots=True)
 class Status:
     """How one kind of error looks on the wire."""
 
-    code: grpc.StatusCode
+    code: Code
     http: int
 
 
-TABLE: Mapping[type[Exception], Status] = MappingProxyType(
+TABLE: Mapping[type[ZTServeError], Status] = MappingProxyType(
     {
-        Unauthenticated: Status(_Code.UNAUTHENTICATED, 401),
-        Denied: Status(_Code.PERMISSION_DENIED, 403),
-        InvalidInput: Status(_Code.INVALID_ARGUMENT, 400),
-        NotFound: Status(_Code.NOT_FOUND, 404),
-        Overloaded: Status(_Code.RESOURCE_EXHAUSTED, 429),
-        DeadlineExceeded: Status(_Code.DEADLINE_EXCEEDED, 504),
-        Cancelled: Status(_Code.CANCELLED, 499),
-        Unavailable: Status(_Code.UNAVAILABLE, 503),
+        Unauthenticated: Status(Code.UNAUTHENTICATED, 401),
+        Denied: Status(Code.PERMISSION_DENIED, 403),
+        InvalidInput: Status(Code.INVALID_ARGUMENT, 400),
+        NotFound: Status(Code.NOT_FOUND, 404),
+        Overloaded: Status(Code.RESOURCE_EXHAUSTED, 429),
+        DeadlineExceeded: Status(Code.DEADLINE_EXCEEDED, 504),
+        Cancelled: Status(Code.CANCELLED, 499),
+        Unavailable: Status(Code.UNAVAILABLE, 503),
         # Never UNAVAILABLE: stock clients would take it as leave to send it again.
-        Interrupted: Status(_Code.ABORTED, 502),
-        Withheld: Status(_Code.FAILED_PRECONDITION, 422),
-        InferenceError: Status(_Code.INTERNAL, 500),
+        Interrupted: Status(Code.ABORTED, 502),
+        Withheld: Status(Code.FAILED_PRECONDITION, 422),
+        InferenceError: Status(Code.INTERNAL, 500),
     }
 )
-_INTERNAL = Status(_Code.INTERNAL, 500)
+_INTERNAL = Status(Code.INTERNAL, 500)
 _BY_NAME = {error.__name__: error for error in TABLE}
-_BY_CODE = {int(row.code.value[0]): error for error, row in TABLE.items()}
-_BY_CODE[_Code.UNIMPLEMENTED.value[0]] = NotFound
-_NAMES = {int(code.value[0]): code.name for code in _Code}
+_BY_CODE: dict[int, type[ZTServeError]] = {
+    row.code: error for error, row in TABLE.items()
+}
+_BY_CODE[Code.UNIMPLEMENTED] = NotFound
+_NAMES: dict[int, str] = {code: code.name for code in Code}
 
 
 def status(error: BaseException) -> Status:

@@ -3,17 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, cast
-
-import grpc
 
 from ztserve.errors import CallError, InvalidInput, ZTServeError
-from ztserve.transport import callers, status
+from ztserve.transport import callers, messages, status
 from ztserve.transport.admission import Admission
-from ztserve.transport.arrival import Cancelled, Reception, Refusal, new_id, source
-from ztserve.transport.credentials import Facts, ServerCredentials
+from ztserve.transport.arrival import Cancelled, Reception, Refusal, new_id
 from ztserve.transport.limits import Limits
-from ztserve.transport.methods import Method
+from ztserve.transport.loop.credentials import Credentials
+from ztserve.transport.loop.exchange import Exchange
+from ztserve.transport.methods import Answer, AnswerAll, Method, Stream
 from ztserve.transport.rpc import Reaper, Rpc
 from ztserve.types import Call, Peer
 
@@ -26,121 +24,75 @@ class Desk:
     """What all calls of one server share."""
 
     limits: Limits
-    credentials: ServerCredentials
+    credentials: Credentials
     admission: Admission
     reception: Reception
     reaper: Reaper
     on_refused: Callable[[Refusal], object] | None
 
 
-def answer(
-    desk: Desk, method: Method, messages: Iterator[bytes], context: grpc.ServicerContext
-) -> bytes:
-    """Answer a unary call. The handler that gRPC calls on a worker thread."""
-    visit = _Visit(desk, method, messages, context)
-    try:
-        call = visit.enter(context, desk.limits.max_call_s)
-        return method.answer(call, visit.read)  # type: ignore[misc]
-    except Exception as error:  # noqa: BLE001 - told to caller, audit or log
-        visit.refuse(context, error)
-    finally:
-        visit.leave()
+class Visit:
+    """One call from its arrival to its end; the `methods.Exchange` of a stream.
 
-
-Several: TypeAlias = Sequence[tuple[Iterator[bytes], Any]]
-"""Of each call its messages and its context."""
-
-
-def answer_all(
-    desk: Desk, method: Method, several: Several
-) -> Iterator[tuple[int, bytes | None]]:
-    """Answer unary calls whose messages are there; yield each one's place and answer.
-
-    None: that call's context was aborted.
+    What ends it otherwise than well is told to its caller, the audit or the log, and
+    is its `Exchange.status`.
     """
-    visits: list[_Visit] = []
-    entered: list[tuple[int, Call]] = []
-    try:
-        for at, (messages, context) in enumerate(several):
-            visits.append(_Visit(desk, method, messages, context))
-            try:
-                call = visits[at].enter(context, desk.limits.max_call_s)
-            except Exception as error:  # noqa: BLE001 - told to caller, audit or log
-                visits[at].refused(context, error)
-                yield at, None
-            else:
-                entered.append((at, call))
-        calls = [(call, visits[at].read) for at, call in entered]
-        for position, outcome in method.answer_all(calls):  # type: ignore[misc]
-            at = entered[position][0]
-            if isinstance(outcome, Exception):
-                visits[at].refused(several[at][1], outcome)
-                yield at, None
-            else:
-                visits[at].leave()
-                yield at, outcome
-    finally:
-        for visit in visits:
-            visit.leave()
-
-
-def stream(
-    desk: Desk, method: Method, messages: Iterator[bytes], context: grpc.ServicerContext
-) -> Iterator[bytes]:
-    """Answer a stream. The handler that gRPC calls on a worker thread."""
-    visit = _Visit(desk, method, messages, context)
-    try:
-        visit.enter(context, desk.limits.max_stream_s)
-        visit.rpc.still = visit.still
-        for piece in method.stream(visit):  # type: ignore[misc]
-            visit.rpc.sending()
-            yield piece
-            visit.rpc.running()
-    except Exception as error:  # noqa: BLE001 - told to caller, audit or log
-        visit.refuse(context, error)
-    finally:
-        visit.leave()
-
-
-class _Visit:
-    """One call from its arrival to its end; the `methods.Exchange` of a stream."""
 
     __slots__ = (
         "_admitted",
         "_bound",
         "_cancelled",
         "_desk",
+        "_exchange",
         "_messages",
         "_method",
         "call",
-        "facts",
         "peer",
         "rpc",
     )
 
     call: Call
 
-    def __init__(
-        self,
-        desk: Desk,
-        method: Method,
-        messages: Iterator[bytes],
-        context: grpc.ServicerContext,
-    ) -> None:
+    def __init__(self, desk: Desk, method: Method, exchange: Exchange) -> None:
         self._desk = desk
         self._method = method
+        self._exchange = exchange
         self._admitted = False
         self._bound: str | None = None
         """The request for which the peer asserts its caller."""
-        self._cancelled = Cancelled(context)
+        self._cancelled = Cancelled(exchange)
         self._messages = 1
-        self.rpc = Rpc(messages, context, desk.limits)
-        self.facts: Facts = {}
+        self.rpc = Rpc(exchange, desk.limits)
         self.peer: Peer | None = None
+
+    def answer(self, give: Answer) -> bytes | None:
+        """Answer a unary call; None: it is refused."""
+        try:
+            return give(self.enter(), self.read)
+        except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+            self.refuse(error)
+            return None
+        finally:
+            self.leave()
+
+    def stream(self, give: Stream) -> Iterator[bytes]:
+        """Answer a stream; yield the messages of the answer."""
+        try:
+            self.enter()
+            self.rpc.still = self.still
+            for piece in give(self):
+                self.rpc.sending()
+                yield piece
+                self.rpc.running()
+            self._exchange.status = messages.GOOD
+        except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+            self.refuse(error)
+        finally:
+            self.leave()
 
     def judge(self) -> Peer:
         """Return the peer as it is judged at this moment. Raises Unauthenticated."""
-        return self._desk.credentials.peer(self.facts)
+        return self._desk.credentials.peer(self._exchange.visitor)
 
     def still(self) -> None:
         """Raise CallError, and tell the audit, once the peer may not go on."""
@@ -148,20 +100,23 @@ class _Visit:
             self.judge()
         except CallError as error:
             self.rpc.still = None  # told once
-            self._tell(error, self.call.source_ip, self.call.source_port)
+            self._tell(error)
             raise
 
-    def enter(self, context: grpc.ServicerContext, longest_s: float) -> Call:
+    def enter(self) -> Call:
         """Judge the peer, find room, and make the Call; no message is read."""
         desk, method = self._desk, self._method
-        self.facts = cast("Facts", context.auth_context())
-        peer = desk.credentials.peer(self.facts)
-        health = method.stream is None and method.operation.method == "GET"
-        self.peer = peer
+        streams, limits = method.stream is not None, desk.limits
+        self.peer = peer = self.judge()
+        health = not streams and method.operation.method == "GET"
         desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
         self._admitted = True
         self.call, self._bound = desk.reception.call(
-            context, peer, method.operation, longest_s, self._cancelled
+            self._exchange,
+            peer,
+            method.operation,
+            limits.max_stream_s if streams else limits.max_call_s,
+            self._cancelled,
         )
         self.rpc.deadline = self.call.deadline
         desk.reaper.add(self.rpc)
@@ -183,39 +138,71 @@ class _Visit:
         self._messages += 1
         if self._messages > most:
             raise InvalidInput(f"one stream carries at most {most} requests")
-        return self._desk.reception.again(self.call, self.facts), message
+        again = self._desk.reception.again
+        return again(self.call, self._exchange.visitor), message
 
-    def refuse(self, context: grpc.ServicerContext, error: Exception) -> NoReturn:
-        """End the call with the status of `error`."""
-        call_id = self.call.id if hasattr(self, "call") else new_id()
+    def refuse(self, error: Exception) -> None:
+        """Have the call end with the status of `error`."""
+        entered = hasattr(self, "call")
+        call_id = self.call.id if entered else new_id()
+        if isinstance(error, CallError) and not entered:
+            try:
+                self._tell(error)
+            except Exception as fault:  # noqa: BLE001 - it is what ends the call now
+                error = fault
         if not isinstance(error, ZTServeError):
             _LOG.error("call %s failed", call_id, exc_info=error)
-        elif isinstance(error, CallError) and not hasattr(self, "call"):
-            self._tell(error, *source(context.peer()))
-        error.__traceback__ = None  # its frames would keep the stream: see Cancelled
-        context.set_trailing_metadata(status.trailers(error, call_id))
-        context.abort(status.status(error).code, status.sentence(error, call_id))
-
-    def refused(self, context: grpc.ServicerContext, error: Exception) -> None:
-        """End one call of several with the status of `error`, and let go of it."""
-        try:
-            self.refuse(context, error)
-        except Exception as ended:  # noqa: BLE001 - how a context aborts
-            ended.__traceback__ = None
-        finally:
-            self.leave()
+        error.__traceback__ = None  # its frames would keep all that the call held
+        self._exchange.status = messages.Status(
+            status.status(error).code,
+            status.sentence(error, call_id),
+            status.trailers(error, call_id),
+        )
 
     def leave(self) -> None:
-        """Give the call's place free, and let go of gRPC's part of it, once."""
+        """Give the call's place free, once."""
         self._desk.reaper.discard(self.rpc)
         self._cancelled.end()
-        self.rpc.end()
         if self._admitted and self.peer is not None:
             self._admitted = False
             self._desk.admission.leave(self.peer.id)
 
-    def _tell(self, error: CallError, address: str, port: int) -> None:
+    def _tell(self, error: CallError) -> None:
         if self._desk.on_refused is not None:
+            address, port = self._exchange.source
             self._desk.on_refused(
                 Refusal(self._method.path, error, self.peer, address, port)
             )
+
+
+def answer_all(
+    visits: Sequence[Visit], give: AnswerAll
+) -> Iterator[tuple[int, bytes | None]]:
+    """Answer unary calls whose messages are there; yield each one's place and answer.
+
+    None: that call is refused.
+    """
+    entered: list[tuple[int, Call]] = []
+    try:
+        for at, visit in enumerate(visits):
+            try:
+                call = visit.enter()
+            except Exception as error:  # noqa: BLE001 - told to caller, audit or log
+                visit.refuse(error)
+                visit.leave()
+                yield at, None
+            else:
+                entered.append((at, call))
+        calls = [(call, visits[at].read) for at, call in entered]
+        for position, outcome in give(calls):
+            at = entered[position][0]
+            if isinstance(outcome, Exception):
+                visits[at].refuse(outcome)
+                visits[at].leave()
+                yield at, None
+            else:
+                visits[at].leave()
+                yield at, outcome
+    finally:
+        for visit in visits:
+            visit.leave()

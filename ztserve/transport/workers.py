@@ -4,7 +4,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent import futures
 from typing import Any, TypeAlias
 
 _LOG = logging.getLogger(__name__)
@@ -12,33 +11,7 @@ _LOG = logging.getLogger(__name__)
 RESERVE = 16
 """Threads beyond `max_in_flight`: a call too many is told so, and health is told."""
 
-_Job: TypeAlias = tuple["_Ending", Callable[..., Any], tuple[Any, ...]]
-
-
-class _Ending:
-    """What gRPC needs of a future: to be told, once, that the job has ended."""
-
-    __slots__ = ("_callbacks", "_ended")
-
-    def __init__(self) -> None:
-        self._callbacks: list[Callable[[object], object]] = []
-        self._ended = False
-
-    def add_done_callback(self, callback: Callable[[object], object]) -> None:
-        self._callbacks.append(callback)
-        if self._ended:
-            self._tell()
-
-    def end(self) -> None:
-        self._ended = True
-        self._tell()
-
-    def _tell(self) -> None:
-        try:
-            callback = self._callbacks.pop()  # atomic: only one of two threads gets it
-        except IndexError:
-            return
-        callback(self)
+_Job: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class _Worker(threading.Thread):
@@ -54,24 +27,22 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         while (job := self.job) is not None:
             self.job = None
-            ending, function, arguments = job
+            function, arguments = job
             try:
                 function(*arguments)
             except BaseException:  # noqa: BLE001 - logged; the thread serves the next
                 _LOG.exception("a call ended its thread's work")
             finally:
                 del job, function, arguments
-                # Idle first: a call that is admitted next finds this thread.
                 self._workers.take_back(self)
-                ending.end()
             self.turn.acquire()
 
 
-class Workers(futures.Executor):
+class Workers:
     """A thread pool whose idle threads form a stack: the warmest takes the next call.
 
     A thread starts whenever none is idle, until there are `most`; then jobs wait.
-    There is no future with its locks, which makes a call cheaper than on a
+    There are no futures with their locks, which makes a call cheaper than on a
     `ThreadPoolExecutor`.
     """
 
@@ -83,12 +54,9 @@ class Workers(futures.Executor):
         self._started = 0
         self._closed = False
 
-    def submit(  # type: ignore[override]
-        self, function: Callable[..., Any], /, *arguments: Any
-    ) -> _Ending:
-        """Run `function` on a thread; what is returned tells only of its end."""
-        ending = _Ending()
-        job = (ending, function, arguments)
+    def submit(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Run `function` on a thread."""
+        job = (function, arguments)
         with self._lock:
             starts = not self._idle and self._started < self._most
             self._started += starts
@@ -102,7 +70,6 @@ class Workers(futures.Executor):
                 with self._lock:
                     self._started -= 1
                     self._give(job)
-        return ending
 
     def _give(self, job: _Job) -> None:
         if self._idle:

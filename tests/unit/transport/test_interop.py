@@ -9,8 +9,6 @@ import tritonclient.grpc as triton
 from tests.unit.transport.support import CLI, SERVER, Served, pem
 from ztserve.identity import dns_name
 
-pytestmark = pytest.mark.usefixtures("engine")
-
 
 @pytest.fixture
 def stock(served: Served, tmp_path):

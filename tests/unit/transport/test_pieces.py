@@ -119,20 +119,21 @@ def test_the_end_of_a_call_takes_along_what_was_held(loop, wire, call):
     wire.piece(call, b"one")
     loop.run_posted()
     wire.piece(call, b"two")
-    wire.end(call, messages.OK)
+    call.status = messages.GOOD
+    wire.end(call)
     assert wire._http2.sent[2:] == [messages.framed(b"two"), messages.OK]
     loop.run_timer()
     assert not loop.timers
 
 
 def test_an_abort_after_a_piece_sends_no_second_head(wire, call):
-    call.status = 8, "enough"
+    call.status = messages.Status(8, "enough", ())
     wire.piece(call, b"one")
     wire.end(call)  # before the loop has looked at the piece
     assert wire._http2.sent == [
         messages.HEAD,
         messages.framed(b"one"),
-        messages.trailers(8, "enough", {}),
+        messages.trailers(call.status),
     ]
 
 

@@ -168,6 +168,9 @@ class _Known(Generic[_T]):
         self.size = 0
 
 
+_set_maxsize = vars(HeaderTable)["maxsize"].fset
+
+
 class _Table(HeaderTable):
     """A table that tells whether a block changed it."""
 
@@ -191,7 +194,7 @@ class _Table(HeaderTable):
         self.updates += 1
         if self.updates > MAX_UPDATES:
             raise InvalidTableSizeError("more updates of the size than there can be")
-        HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]
+        _set_maxsize(self, size)
 
 
 def _request(listed: list[tuple[bytes, bytes]]) -> Request:

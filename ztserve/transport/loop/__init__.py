@@ -4,7 +4,3 @@ Short calls are answered by the thread that leads the server's loop, others else
 what they send goes to the loop, which writes to each connection once a turn. Nothing a
 caller or the model does can hold it up for long.
 """
-
-from ztserve.transport.loop.server import Server
-
-__all__ = ["Server"]

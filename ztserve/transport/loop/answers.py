@@ -2,17 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
-from ztserve.transport import messages
 from ztserve.transport.loop.carrier import guarded
-from ztserve.transport.loop.exchange import Aborted, Exchange
+from ztserve.transport.loop.exchange import Exchange
 from ztserve.transport.loop.house import Arrived
 from ztserve.transport.loop.reactor import Reactor
 from ztserve.transport.loop.wire import Wire
-from ztserve.transport.methods import Method
-from ztserve.transport.visit import Desk, answer, answer_all, stream
+from ztserve.transport.methods import Answer, AnswerAll, Method, Stream
+from ztserve.transport.visit import Desk, Visit, answer_all
 from ztserve.transport.workers import Workers
 
 _LOG = logging.getLogger(__name__)
@@ -26,8 +25,8 @@ UNKNOWN_S = 1.0
 """What is expected of a method at first, and again once it took too long: about two
 dozen turns on other threads until it is believed to be short."""
 
-_Outcome: TypeAlias = tuple[Callable[..., Any], Exchange, bytes]
-"""What to do on the loop: `Wire.answer` or `Wire.end`, and what with."""
+_Outcome: TypeAlias = tuple[Wire, Exchange, bytes | None]
+"""For `Wire.answer`, on the loop."""
 
 
 class Answers:
@@ -44,62 +43,70 @@ class Answers:
     def __call__(self, several: list[Arrived]) -> bool:
         """Begin to answer; return whether the caller still leads the loop."""
         method, call, wire = several[0]
-        if method.answer_all is None or not call.is_whole:
-            handle = self._unary if method.answer else self._stream
-            self._workers.submit(handle, method, call, wire)
-            return True
+        if method.answer_all is not None and call.is_whole:
+            return self._answer_all(method, method.answer_all, several)
+        visit = Visit(self._desk, method, call)
+        if method.answer is not None:
+            self._workers.submit(self._unary, visit, method.answer, call, wire)
+        elif method.stream is not None:
+            self._workers.submit(self._stream, visit, method.stream, call, wire)
+        return True
+
+    def _answer_all(
+        self, method: Method, give: AnswerAll, several: list[Arrived]
+    ) -> bool:
         expected_s = self._expected_s.get(method.path, UNKNOWN_S)
         if expected_s > SHORT_S or not self.reactor.may_leave:
-            self._workers.submit(self._elsewhere, method, several)
+            self._workers.submit(self._elsewhere, method, give, several)
             return True
-        leads = self.reactor.away(lambda: list(self._together(method, several)), _told)
+        leads = self.reactor.away(
+            lambda: list(self._together(method, give, several)), _told
+        )
         if not leads:
             self._expected_s[method.path] = UNKNOWN_S
         return leads
 
-    def _elsewhere(self, method: Method, several: list[Arrived]) -> None:
-        for act, call, given in self._together(method, several):
-            self.reactor.post(act, call, given)
+    def _elsewhere(
+        self, method: Method, give: AnswerAll, several: list[Arrived]
+    ) -> None:
+        for wire, call, message in self._together(method, give, several):
+            self.reactor.post(wire.answer, call, message)
 
-    def _together(self, method: Method, several: list[Arrived]) -> Iterator[_Outcome]:
+    def _together(
+        self, method: Method, give: AnswerAll, several: list[Arrived]
+    ) -> Iterator[_Outcome]:
         began = time.monotonic()
-        pairs = [(call.messages(), call) for _, call, _ in several]
+        visits = [Visit(self._desk, method, call) for _, call, _ in several]
         left = dict(enumerate(several))
         try:
-            for at, message in answer_all(self._desk, method, pairs):
+            for at, message in answer_all(visits, give):
                 _, call, wire = left.pop(at)
-                if message is None:
-                    yield wire.end, call, call.trailers()
-                else:
-                    yield wire.answer, call, message
+                yield wire, call, message
         except Exception:  # noqa: BLE001 - by a fault of ours
             _LOG.exception("calls could not be answered")
         for _, call, wire in left.values():
-            yield wire.end, call, call.trailers()
+            yield wire, call, None
         took_s = time.monotonic() - began
         known_s = self._expected_s.get(method.path, UNKNOWN_S)
         self._expected_s[method.path] = known_s + WEIGHT * (took_s - known_s)
 
-    def _unary(self, method: Method, call: Exchange, wire: Wire) -> None:
+    def _unary(self, visit: Visit, give: Answer, call: Exchange, wire: Wire) -> None:
+        message: bytes | None = None
         try:
-            message = answer(self._desk, method, call.messages(), call)  # type: ignore[arg-type]
-        except Aborted:
-            wire.post(wire.end, call, call.trailers())
-        else:
+            message = visit.answer(give)
+        finally:  # whatever happens, the call ends
             wire.post(wire.answer, call, message)
 
-    def _stream(self, method: Method, call: Exchange, wire: Wire) -> None:
+    def _stream(self, visit: Visit, give: Stream, call: Exchange, wire: Wire) -> None:
         try:
-            for piece in stream(self._desk, method, call.messages(), call):  # type: ignore[arg-type]
+            for piece in visit.stream(give):
                 if not call.reserve(len(piece)):
                     break
                 wire.piece(call, piece)
-        except Aborted:
-            wire.post(wire.end, call)  # whether it has a head, the loop knows
-        else:
-            wire.post(wire.end, call, messages.OK)
+        finally:
+            wire.post(wire.end, call)
 
 
 def _told(outcomes: Sequence[_Outcome]) -> None:
-    for act, call, given in outcomes:
-        guarded(act, call, given)
+    for wire, call, message in outcomes:
+        guarded(wire.answer, call, message)

@@ -21,7 +21,7 @@ class Visitor:
     """The state of ours by whose bundles it was judged."""
 
 
-class LoopCredentials:
+class Credentials:
     """Judges callers by what holds at this moment: time, bundles, quarantine."""
 
     def __init__(self, ends: Ends, quarantine: Quarantine | None) -> None:

@@ -3,39 +3,34 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NoReturn
-
-import grpc
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from ztserve.errors import InvalidInput, Overloaded, ZTServeError
 from ztserve.transport import messages
 from ztserve.transport.http2 import Block, Request
 
 if TYPE_CHECKING:
+    from ztserve.transport.loop.credentials import Visitor
     from ztserve.transport.loop.wire import Wire
 
 MAX_UNSENT_BYTES = 256 * 1024
 """Of a stream's answer that its caller has not taken; then its thread waits."""
+NEVER = float("inf")
+_FAULT = messages.Status(messages.Code.INTERNAL, "", ())
+"""How a call ends that nobody could answer, by a fault of ours."""
 
 
-class Aborted(Exception):
-    """The call ends with the status that was set."""
-
-
-class Cut(grpc.RpcError):
-    """The caller went away before its message was whole."""
+class Cut(Exception):
+    """The call ended before its message was whole."""
 
 
 class Exchange:
-    """A call: what `visit` asks of gRPC, over a stream of ours.
+    """A call on its stream: its metadata, its messages, and how it ends.
 
     The loop gives it what arrives (`feed`, `end`, `cut`); the thread that answers takes
-    messages and says how the call ends.
+    messages (`receive`) and says how the call ends (`status`).
     """
-
-    raises_when_cut = True
-    """`messages` tells by Cut that the call ended early, not by ending."""
 
     def __init__(
         self, wire: "Wire", stream_id: int, request: Request, most: int
@@ -43,11 +38,12 @@ class Exchange:
         """Raise messages.Unreadable where the head is not gRPC's."""
         self.stream_id = stream_id
         self._wire = wire
-        self._metadata = messages.metadata(request.fields)
+        self.metadata = messages.metadata(request.fields)
         self._most = most
         self._body = messages.Reassembly(most, gzip=messages.is_gzip(request.fields))
         timeout = messages.timeout_s(request.fields)
-        self._due = None if timeout is None else time.monotonic() + timeout
+        self.due = NEVER if timeout is None else time.monotonic() + timeout
+        """The caller's deadline (`time.monotonic`)."""
         self._arrived: deque[bytes | ZTServeError | None] = deque()
         """Messages; the fault that ends them; None for the end."""
         self._ready = threading.Condition()
@@ -58,8 +54,8 @@ class Exchange:
         self._cut = self._ended = False
         self._faulty = False
         """Whether what arrived cannot be taken; so nor can what follows."""
-        self._over = False
-        self._trailers: tuple[tuple[str, str], ...] = ()
+        self.over = False
+        """Whether nobody waits for the answer any more."""
         self._given = self._taken = 0
         """Bytes of the answer: what its thread has given, what the loop has taken."""
         self._stuck = False
@@ -68,8 +64,8 @@ class Exchange:
         """Whether the caller has not taken most of what was sent."""
         self.has_head = False
         """Whether the head of the answer has been sent."""
-        self.status = 13, ""
-        """gRPC's code and sentence, once the call was aborted."""
+        self.status = _FAULT
+        """How the call ends."""
 
     # --- the loop's side --------------------------------------------------------
 
@@ -108,7 +104,7 @@ class Exchange:
     def cut(self) -> None:
         """Note that the stream or its connection ended early."""
         with self._ready:
-            self._cut = self._over = True
+            self._cut = self.over = True
             self._ready.notify()
         self._let_go()
 
@@ -135,7 +131,7 @@ class Exchange:
 
     def _pay(self) -> None:
         """Let the caller send as much as we have dealt with; on the loop."""
-        if not self._arrived and not self._over:
+        if not self._arrived and not self.over:
             self._hold(self._body.held)
         owed, self._owed = self._owed, 0
         if owed:
@@ -151,60 +147,41 @@ class Exchange:
         self._held = 0
         self._pay()
 
-    # --- what `visit` asks of a gRPC context ------------------------------------
-
-    def auth_context(self) -> object:
-        """Return what the server's credentials judge callers by."""
-        return self._wire.visitor
-
-    def invocation_metadata(self) -> messages.Metadata:
-        """Return the call's metadata."""
-        return self._metadata
-
-    def peer(self) -> str:
-        """Return the other end's address, as gRPC writes it."""
-        return self._wire.peer
-
-    def time_remaining(self) -> float:
-        """Return the seconds until the caller's deadline; infinite without one."""
-        return float("inf") if self._due is None else self._due - time.monotonic()
-
-    def is_active(self) -> bool:
-        """Return whether somebody still waits for the answer."""
-        return not self._over
-
-    def cancel(self) -> None:
-        """End the call."""
-        self._wire.post(self._wire.cancel, self)
-
-    def set_trailing_metadata(self, trailers: tuple[tuple[str, str], ...]) -> None:
-        """Have these sent at the end."""
-        self._trailers = trailers
-
-    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
-        """End the handler: the call ends with this status."""
-        self.status = code.value[0], details
-        raise Aborted
-
     # --- the answering thread's side --------------------------------------------
 
-    def messages(self) -> Iterator[bytes]:
-        """Yield the caller's messages; wait for each. Raises Cut, CallError."""
-        while True:
-            with self._ready:
-                if not self._arrived and not self._cut:
-                    self._waiting = True
-                    self._wire.post(self._pay)
-                    self._ready.wait_for(lambda: self._arrived or self._cut)
-                    self._waiting = False
-                if self._cut:
-                    raise Cut
-                item = self._arrived.popleft()
-            if item is None:
-                return
-            if isinstance(item, ZTServeError):
-                raise item
-            yield self._expanded(item)
+    @property
+    def visitor(self) -> "Visitor":
+        """Who is at the other end of the connection, for the credentials to judge."""
+        return self._wire.visitor
+
+    @property
+    def source(self) -> tuple[str, int]:
+        """Address and port of the other end."""
+        return self._wire.source
+
+    def cancel(self) -> None:
+        """End the call; from any thread."""
+        self._wire.post(self._wire.cancel, self)
+
+    def receive(self) -> bytes | None:
+        """Wait for the caller's next message; None: it has sent its last.
+
+        Raises Cut, or the CallError that makes it impossible to read on.
+        """
+        with self._ready:
+            if not self._arrived and not self._cut:
+                self._waiting = True
+                self._wire.post(self._pay)
+                self._ready.wait_for(lambda: self._arrived or self._cut)
+                self._waiting = False
+            if self._cut:
+                raise Cut
+            item = self._arrived[0]
+            if isinstance(item, bytes):  # all else is the last, and stays so
+                self._arrived.popleft()
+        if isinstance(item, ZTServeError):
+            raise item
+        return None if item is None else self._expanded(item)
 
     def _expanded(self, message: bytes) -> bytes:
         # Here and one by one: on the loop, few bytes would hold up all others, and
@@ -217,10 +194,9 @@ class Exchange:
             raise _no_grpc(error) from error
 
     def trailers(self) -> Block:
-        """Return the end of a call that was aborted."""
-        code, details = self.status
+        """Return the end of a call that is not answered well."""
         make = messages.trailers if self.has_head else messages.trailers_only
-        return make(code, details, dict(self._trailers))
+        return make(self.status)
 
     def reserve(self, size: int) -> bool:
         """Wait until `size` bytes more may be sent; return whether anybody waits."""
@@ -230,18 +206,18 @@ class Exchange:
                 self._ready.wait_for(self._has_room)
                 self._stuck = False
         self._given += size
-        return not self._over
+        return not self.over
 
     def _has_room(self) -> bool:
         waiting = self._given - self._taken
-        return self._over or (waiting < MAX_UNSENT_BYTES and not self._full)
+        return self.over or (waiting < MAX_UNSENT_BYTES and not self._full)
 
     def finish(self) -> None:
         """Let go of the call: it has ended; on the loop.
 
         What it still owes is the connection's: unpaid, later calls would wait for it.
         """
-        self._over = True
+        self.over = True
         self._let_go()
 
 

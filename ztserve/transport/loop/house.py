@@ -11,7 +11,7 @@ from ztserve.transport.admission import Admission
 from ztserve.transport.http2 import Bounds
 from ztserve.transport.limits import Limits
 from ztserve.transport.loop.carrier import guarded
-from ztserve.transport.loop.credentials import LoopCredentials
+from ztserve.transport.loop.credentials import Credentials
 from ztserve.transport.methods import Method
 from ztserve.transport.tls import Ends
 
@@ -43,7 +43,7 @@ class House:
         *,
         limits: Limits,
         ends: Ends,
-        credentials: LoopCredentials,
+        credentials: Credentials,
         methods: dict[bytes, Method],
         admission: Admission,
         answer: Answer,

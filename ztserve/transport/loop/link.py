@@ -19,6 +19,7 @@ from ztserve.transport.http2 import (
     Event,
     GoingAway,
     HeadersReceived,
+    Response,
     StreamReset,
 )
 from ztserve.transport.loop.call import ClientCall
@@ -212,10 +213,10 @@ class Link(Carrier):
 
     def _handle(self, event: Event) -> None:
         match event:
-            case HeadersReceived(stream_id, head, ended):
+            case HeadersReceived(stream_id, Response() | tuple() as head, ended):
                 call = self._calls.get(stream_id)
                 if call is not None:
-                    call.head(head, ended=ended)  # type: ignore[arg-type]
+                    call.head(head, ended=ended)
                     self._forget(stream_id, call)
             case DataReceived(stream_id, data, ended):
                 call = self._calls.get(stream_id)

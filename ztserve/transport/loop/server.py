@@ -13,7 +13,7 @@ from ztserve.transport.limits import Limits
 from ztserve.transport.loop.allocator import keep_freed_memory
 from ztserve.transport.loop.answers import Answers
 from ztserve.transport.loop.carrier import guarded
-from ztserve.transport.loop.credentials import LoopCredentials
+from ztserve.transport.loop.credentials import Credentials
 from ztserve.transport.loop.house import House
 from ztserve.transport.loop.reactor import Reactor
 from ztserve.transport.loop.refusals import RefusedHandshakes
@@ -96,18 +96,17 @@ class Server:
         ends = Ends(self._source)
         listener, port = _listening(host, ports)
         self._started = True
-        credentials = LoopCredentials(ends, self._quarantine)
+        credentials = Credentials(ends, self._quarantine)
         reception = Reception(
-            credentials,  # type: ignore[arg-type]
+            credentials,
             delegates=self._delegates,
-            max_metadata_bytes=self._limits.max_metadata_bytes,
             proof=self._proof,
             host=host,
             port=port,
         )
         self._desk = Desk(
             self._limits,
-            credentials,  # type: ignore[arg-type]
+            credentials,
             self._admission,
             reception,
             self._reaper,

@@ -46,7 +46,8 @@ class Wire(Carrier):
         self._retires = time.monotonic() + house.limits.max_connection_age_s
         self.visitor = Visitor()
         """Who is at the other end, for the credentials to judge."""
-        self.peer = ""
+        self.source = "", 0
+        """Address and port of the other end."""
         self._address = ""
         self.hold = house.hold
         """Count bytes of requests that arrived, or went on."""
@@ -64,10 +65,7 @@ class Wire(Carrier):
         self._connected(transport)
         host, port = transport.get_extra_info("peername")[:2]
         self._address = str(host)
-        if ":" in self._address:
-            self.peer = f"ipv6:%5B{host}%5D:{port}"
-        else:
-            self.peer = f"ipv4:{host}:{port}"
+        self.source = self._address, int(port)
         house = self._house
         self._expires = time.monotonic() + house.limits.handshake_s
         if not house.enter(self, self._address):
@@ -198,8 +196,11 @@ class Wire(Carrier):
 
     # --- answers ----------------------------------------------------------------
 
-    def answer(self, call: Exchange, message: bytes) -> None:
-        """Send the one message of a unary call, and its end."""
+    def answer(self, call: Exchange, message: bytes | None) -> None:
+        """Send the one message of a unary call, and its end; None: it is refused."""
+        if message is None:
+            self.end(call)
+            return
         http2 = self._http2
         if http2 is not None:
             http2.headers(call.stream_id, messages.HEAD)
@@ -220,15 +221,14 @@ class Wire(Carrier):
             self._lingers = True
             self.post(self._send_pieces)
 
-    def end(self, call: Exchange, trailers: bytes | None = None) -> None:
-        """Send the end of a call, by default that of one that was aborted."""
+    def end(self, call: Exchange) -> None:
+        """Send the end of a call, as its status is."""
         self._take_pieces()
-        if trailers is None:
-            trailers = call.trailers()
         if self._http2 is not None:
-            if trailers is messages.OK and not call.has_head:
+            if call.status is messages.GOOD and not call.has_head:
+                call.has_head = True
                 self._http2.headers(call.stream_id, messages.HEAD)
-            self._http2.headers(call.stream_id, trailers, end=True)
+            self._http2.headers(call.stream_id, call.trailers(), end=True)
         self._forget(call.stream_id)
         self.flush()
 
@@ -313,14 +313,13 @@ class Wire(Carrier):
         try:
             if method is None:
                 reason = "no such method here"
-                raise messages.Unreadable(messages.UNIMPLEMENTED, reason)
+                raise messages.Unreadable(messages.Code.UNIMPLEMENTED, reason)
             most = self._house.limits.max_message_bytes
             call = Exchange(self, stream_id, head, most)
         except messages.Unreadable as error:
-            block = messages.trailers_only(
-                error.code, error.reason, {"grpc-accept-encoding": messages.ENCODINGS}
-            )
-            http2.headers(stream_id, block, end=True)
+            accepted = (("grpc-accept-encoding", messages.ENCODINGS),)
+            told = messages.Status(error.code, error.reason, accepted)
+            http2.headers(stream_id, messages.trailers_only(told), end=True)
             return
         self._calls[stream_id] = call
         if ended:
