@@ -166,8 +166,7 @@ def serving(
         source=source or authority.source(SERVER),
         limits=limits,
         delegates=delegates,
-        on_refused=refusals.append,
-        **more,
+        **{"on_refused": refusals.append, **more},
     )
     host, port = server.start("127.0.0.1")
     try:

@@ -1,9 +1,10 @@
-"""What the server does that grpcio's cannot, or does otherwise."""
+"""The server as its connections find it."""
 
 import logging
 import socket
 import threading
 import time
+from itertools import pairwise
 
 import grpc
 import pytest
@@ -24,7 +25,7 @@ from tests.unit.transport.support import (
 )
 from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import Limits
+from ztserve.transport import Limits, callers
 from ztserve.transport.http2 import frames
 from ztserve.transport.loop import carrier
 from ztserve.transport.loop.refusals import MAX_KINDS, RefusedHandshakes
@@ -67,6 +68,75 @@ def test_what_strangers_can_vary_is_counted_within_bounds(told):
     assert len(told) == MAX_KINDS + 1
     assert told[-1] == ("several causes", 1000 - MAX_KINDS, "")
     assert not refusals
+
+
+def test_a_report_that_fails_keeps_none_of_the_others_back(told, caplog):
+    def report(cause, count, address):
+        told.append((cause, count))
+        if cause == "first":
+            raise ValueError("broken report")
+
+    refusals = RefusedHandshakes(report)
+    for cause in ("first", "second", "second"):
+        refusals.add(cause, "10.0.0.1")
+    refusals.tell()
+    assert told == [("first", 1), ("second", 2)]
+    assert "broken report" in caplog.text
+
+
+def test_a_flood_of_refused_handshakes_is_one_report_a_second(authority, told):
+    at = []
+
+    def report(*what):
+        told.append(what)
+        at.append(time.monotonic())
+
+    sent, end = 0, time.monotonic() + 2.2
+    with serving(authority, on_handshake_refused=report) as served:
+        while time.monotonic() < end:
+            with socket.create_connection((served.host, served.port)) as raw:
+                raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert raw.recv(1) == b""
+            sent += 1
+        assert 1 <= len(told) <= 3
+        assert all(after - before > 0.9 for before, after in pairwise(at))
+    assert {(cause, address) for cause, _, address in told} == {
+        ("not TLS", "127.0.0.1")
+    }
+    assert sum(count for _, count, _ in told) == sent
+
+
+class Together(support.Echo):
+    """Answers the calls of one turn together."""
+
+    takes_several = True
+
+    def infer_all(self, calls):
+        for at, (call, receive) in enumerate(calls):
+            yield at, self.infer(call, receive)
+
+
+@pytest.mark.parametrize("service", [support.Echo, Together])
+@pytest.mark.parametrize("path", [INFER, STREAM])
+def test_a_refusal_that_cannot_be_told_of_ends_its_call_at_once(
+    authority, caplog, service, path
+):
+    """Refused all the same, and by name of nothing: there is no line in the audit."""
+
+    def full(_refusal):
+        raise OSError("no space left on the disk")
+
+    nonsense = ((callers.HEADER, b"{}"),)
+    with (
+        serving(authority, service(), delegates=[CLI], on_refused=full) as served,
+        served.channel() as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        channel.stream_unary(path)(iter([message()]), 5, nonsense)
+    assert caught.value.code() is Code.INTERNAL
+    assert caught.value.details().startswith("internal error (call ")
+    assert "no space left on the disk" in caplog.text
+    assert served.service.calls == []
 
 
 def test_a_handshake_that_takes_too_long_is_ended_and_told(authority, told):
