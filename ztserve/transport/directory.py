@@ -22,10 +22,9 @@ WATCH = Operation("GET", frozenset((PATH, "/v1/deployments")), "/v1/deployments"
 MAX_ENDPOINTS = 4096
 _DEPLOYMENT = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}/[a-z0-9][a-z0-9.-]{0,62}\Z")
 _ADDRESS = re.compile(
-    r"(?:\[(?P<six>[0-9a-fA-F:.]{2,45})\]|(?P<host>[A-Za-z0-9][A-Za-z0-9.-]{0,252}))"
+    r"(?:\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9][A-Za-z0-9.-]{0,252})"
     r":(?P<port>[0-9]{1,5})\Z"
 )
-_LITERAL = re.compile(r"[0-9.]+\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +85,9 @@ def read_deployment(message: bytes) -> tuple[Endpoint, ...]:
             f"the directory announces {len(announced)} replicas, the limit is "
             f"{MAX_ENDPOINTS}"
         )
-    for one in announced:
-        checked_target(one.address)
     return tuple(
-        Endpoint(one.address, one.model, one.version, one.digest) for one in announced
+        Endpoint(checked_address(one.address), one.model, one.version, one.digest)
+        for one in announced
     )
 
 
@@ -100,16 +98,9 @@ def checked_deployment(text: str) -> str:
     return text
 
 
-def checked_target(address: str) -> str:
-    """Return gRPC's name for ``host:port``, or raise InvalidInput.
-
-    No other scheme of gRPC's, such as ``unix:`` or ``xds:``, can be had by it.
-    """
-    match = _ADDRESS.match(address)
+def checked_address(text: str) -> str:
+    """Return `text` if it is ``host:port``, or raise InvalidInput."""
+    match = _ADDRESS.match(text)
     if match is None or not 0 < int(match["port"]) < 1 << 16:
-        raise InvalidInput(f"address {address!r:.200}: expected host:port or [ip]:port")
-    if match["six"]:
-        return f"ipv6:{address}"
-    if _LITERAL.match(match["host"]):
-        return f"ipv4:{address}"
-    return f"dns:///{address}"
+        raise InvalidInput(f"address {text!r:.200}: expected host:port or [ip]:port")
+    return text

@@ -14,7 +14,7 @@ from ztserve.errors import (
     ZTServeError,
 )
 from ztserve.identity import Identity, Quarantine, Source, SpiffeId
-from ztserve.transport.directory import Endpoint, checked_deployment, checked_target
+from ztserve.transport.directory import Endpoint, checked_address, checked_deployment
 from ztserve.transport.loop.channel import Channel, Expected
 from ztserve.transport.replicas import Replicas
 from ztserve.transport.tls import Ends
@@ -50,7 +50,7 @@ class Route:
         try:
             self.server = _expected(target, server_id, own)
             if self.deployment:
-                checked_target(self.directory)
+                checked_address(self.directory)
         except InvalidInput as error:
             raise ConfigError(
                 f"Client({target!r}): {error}; give host:port and server_id, or "
@@ -129,7 +129,7 @@ class Route:
 
 def _expected(target: str, server_id: str | None, own: SpiffeId) -> SpiffeId:
     if "/" not in target:
-        checked_target(target)
+        checked_address(target)
         if server_id is None:
             raise InvalidInput("an address proves nothing")
         return SpiffeId.parse(server_id)

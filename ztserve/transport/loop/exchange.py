@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ztserve.errors import InvalidInput, Overloaded, ZTServeError
 from ztserve.transport import messages
 from ztserve.transport.http2 import Block, Request
+from ztserve.transport.loop.carrier import NEVER
 
 if TYPE_CHECKING:
     from ztserve.transport.loop.credentials import Visitor
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 MAX_UNSENT_BYTES = 256 * 1024
 """Of a stream's answer that its caller has not taken; then its thread waits."""
-NEVER = float("inf")
 _FAULT = messages.Status(messages.Code.INTERNAL, "", ())
 """How a call ends that nobody could answer, by a fault of ours."""
 
