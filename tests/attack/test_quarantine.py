@@ -54,7 +54,7 @@ from ztserve.identity.quarantine import file as quarantine_file
 from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client
 from ztserve.transport.loop.wire import Wire
-from ztserve.transport.visit import _Visit
+from ztserve.transport.visit import Visit
 
 ROOT = Path(__file__).parents[2]
 THIEF = CLI
@@ -216,7 +216,7 @@ def test_a_stream_that_was_open_ends_within_a_second(
         assert lasts_s() < 1
         quarantine_file.remove(path, THIEF, by="me", on_event=lambda *_: None)
         assert soon(lambda: not quarantine._held)
-        monkeypatch.setattr(_Visit, "still", lambda _: None)
+        monkeypatch.setattr(Visit, "still", lambda _: None)
         assert 1 < lasts_s() < 2.5  # its connection is cut all the same
         quarantine_file.remove(path, THIEF, by="me", on_event=lambda *_: None)
         assert soon(lambda: not quarantine._held)
