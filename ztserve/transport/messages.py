@@ -9,13 +9,13 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import ztserve
 from ztserve.errors import InvalidInput
 from ztserve.transport.http2 import Block, Fields, Request, Response, encode
+from ztserve.transport.status import Code
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 """Names in lower case; the values of names in ``-bin`` are bytes."""
@@ -38,28 +38,6 @@ _RESERVED = frozenset(
 )
 _SPACE = 0x20
 _PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
-
-
-class Code(IntEnum):
-    """gRPC's status codes ("Status codes and their use in gRPC")."""
-
-    OK = 0
-    CANCELLED = 1
-    UNKNOWN = 2
-    INVALID_ARGUMENT = 3
-    DEADLINE_EXCEEDED = 4
-    NOT_FOUND = 5
-    ALREADY_EXISTS = 6
-    PERMISSION_DENIED = 7
-    RESOURCE_EXHAUSTED = 8
-    FAILED_PRECONDITION = 9
-    ABORTED = 10
-    OUT_OF_RANGE = 11
-    UNIMPLEMENTED = 12
-    INTERNAL = 13
-    UNAVAILABLE = 14
-    DATA_LOSS = 15
-    UNAUTHENTICATED = 16
 
 
 class Status(NamedTuple):

@@ -8,6 +8,7 @@ gRPC") and of RFC 9110 for the HTTP edge.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MappingProxyType
 
 from ztserve.errors import (
@@ -25,12 +26,33 @@ from ztserve.errors import (
     Withheld,
     ZTServeError,
 )
-from ztserve.transport.messages import Code
 
 ERROR_KEY = "zt-error"
 CALL_KEY = "zt-call-id"
 MAX_SENTENCE = 1024
 """Longest public sentence that travels, in characters."""
+
+
+class Code(IntEnum):
+    """gRPC's status codes."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 @dataclass(frozen=True, slots=True)

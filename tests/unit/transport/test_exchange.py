@@ -6,6 +6,7 @@ from ztserve.errors import InvalidInput
 from ztserve.transport import messages
 from ztserve.transport.http2 import Request
 from ztserve.transport.loop.exchange import Cut, Exchange
+from ztserve.transport.status import Code
 
 
 class Wire:
@@ -45,7 +46,7 @@ def test_a_call_that_is_cut_gives_nothing_of_what_arrived():
 
 
 def test_a_call_that_nobody_says_how_to_end_ends_as_a_fault_of_ours():
-    assert call().status.code == messages.Code.INTERNAL
+    assert call().status.code == Code.INTERNAL
 
 
 @pytest.mark.parametrize("ends", [Exchange.finish, Exchange.cut])

@@ -3,7 +3,7 @@ import pytest
 
 from ztserve import errors
 from ztserve.transport import http_status, status
-from ztserve.transport.messages import Code
+from ztserve.transport.status import Code
 
 KINDS = [
     errors.Unauthenticated,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ztserve.errors import InvalidInput, Overloaded, ZTServeError
-from ztserve.transport import messages
+from ztserve.transport import messages, status
 from ztserve.transport.http2 import Block, Request
 from ztserve.transport.loop.carrier import NEVER
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_UNSENT_BYTES = 256 * 1024
 """Of a stream's answer that its caller has not taken; then its thread waits."""
-_FAULT = messages.Status(messages.Code.INTERNAL, "", ())
+_FAULT = messages.Status(status.Code.INTERNAL, "", ())
 """How a call ends that nobody could answer, by a fault of ours."""
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from typing import cast
 
 from ztserve.errors import Unauthenticated, Unavailable
-from ztserve.transport import messages
+from ztserve.transport import messages, status
 from ztserve.transport.http2 import (
     Code,
     Connection,
@@ -313,7 +313,7 @@ class Wire(Carrier):
         try:
             if method is None:
                 reason = "no such method here"
-                raise messages.Unreadable(messages.Code.UNIMPLEMENTED, reason)
+                raise messages.Unreadable(status.Code.UNIMPLEMENTED, reason)
             most = self._house.limits.max_message_bytes
             call = Exchange(self, stream_id, head, most)
         except messages.Unreadable as error:
