@@ -1,9 +1,11 @@
 # make run   - make the environment, then the whole demonstration; Ctrl-C ends it
-# make test  - the same environment, then every test
+# make test  - the same environment, then every test: first, on two workers, those without
+#              a cluster; then those with one, each of which has both cores to itself
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
+CLUSTER := tests/ray tests/examples tests/demonstration
 
 .PHONY: run test check fmt proto bench clean
 
@@ -11,7 +13,8 @@ run: $(STAMP)
 	$(PY) -m examples.demonstration $(if $(ONCE),--once)
 
 test: $(STAMP)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile $(CLUSTER:%=--ignore %)
+	$(PY) -m pytest -q $(CLUSTER)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check -q .
