@@ -1,6 +1,5 @@
 """What is to be sent: blocks and data, within the peer's windows (RFC 9113, 5.2)."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 
 from ztserve.transport.http2 import frames
@@ -26,7 +25,7 @@ class Outgoing:
         """Bytes that the peer takes on this stream."""
         self.pending = 0
         """Bytes that no window has room for yet."""
-        self._pieces: deque[bytes | memoryview] = deque()
+        self._pieces: list[bytes | memoryview] = []  # a deque costs 600 bytes
         self.trailers: Block | None = None
         """What follows them."""
         self.ends = False
@@ -45,10 +44,10 @@ class Outgoing:
         """Yield pieces of what waits, `room` bytes together, of which there are."""
         self.pending -= room
         while room:
-            piece = self._pieces.popleft()
+            piece = self._pieces.pop(0)
             if len(piece) > room:
                 whole = memoryview(piece)  # whose slices are no copies
-                self._pieces.appendleft(whole[room:])
+                self._pieces.insert(0, whole[room:])
                 piece = whole[:room]
             room -= len(piece)
             yield piece
