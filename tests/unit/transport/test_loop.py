@@ -160,6 +160,8 @@ def test_connections_are_bounded_in_total_and_give_their_places_back(authority, 
         on_handshake_refused=lambda *what: told.append(what),
     ) as served:
         held = [connected(served) for _ in range(3)]
+        # Until then, the last of them is a stranger, and gives way.
+        until(lambda: not served.server._house._strangers)
         with pytest.raises(OSError):
             connected(served)
         held.pop().close()
