@@ -55,7 +55,7 @@ def test_a_replica_without_a_connection_is_left_aside_if_another_has_one() -> No
     assert {made.take().address for _ in range(20)} == {"b"}
     for one in made:
         one.is_up = False
-    assert {made.take().address for _ in range(20)} == {"a", "b"}
+    assert {made.take().address for _ in range(40)} == {"a", "b"}
 
 
 def test_the_random_numbers_of_the_user_stay_as_they_are() -> None:
