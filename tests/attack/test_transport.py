@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from tests.unit.transport.records import Hand
 from tests.unit.transport.support import (
     CLI,
     DOMAIN,
@@ -40,7 +41,7 @@ from ztserve import types
 from ztserve.errors import Unauthenticated, Unavailable
 from ztserve.identity import Identity
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import Client, Limits, callers
+from ztserve.transport import Client, Limits, callers, tls
 from ztserve.types import Caller
 
 ROOT = Path(__file__).parents[2]
@@ -674,6 +675,37 @@ def test_a_ping_flood_is_shown_the_door(served: Served, attack) -> None:
     with contextlib.suppress(OSError):
         raw.send(*(frame(PING, 0, 0, bytes(8)) for _ in range(50)))
     assert raw.closes()
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_updates_of_keys_without_end_are_shown_the_door(
+    authority, monkeypatch, bounded
+) -> None:
+    """Each costs as much as a small call, and asks for an answer that is held."""
+    if not bounded:
+        monkeypatch.setattr(tls, "MAX_IDLE", 1 << 30)
+    told: list[tuple[str, int, str]] = []
+    with (
+        serving(authority, on_handshake_refused=lambda *it: told.append(it)) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw,
+    ):
+        hand = Hand(authority.source(CLI))
+        raw.sendall(hand.session.begin())
+        while not hand.session.established:
+            hand.session.receive(raw.recv(65536))
+            raw.sendall(hand.session.outgoing())
+        with contextlib.suppress(OSError):
+            raw.sendall(hand.record(PREFACE + frame(SETTINGS, 0, 0)))
+            for _ in range(20):
+                raw.sendall(b"".join(hand.update(asks=True) for _ in range(200)))
+        if bounded:
+            assert soon(lambda: told)
+        else:
+            time.sleep(0.5)
+            raw.sendall(hand.record(head(1) + body(message(), 1)))
+            assert soon(lambda: served.service.outcomes)
+    causes = [cause for cause, _, _ in told]
+    assert causes == ["TLS: too many records without data"] * bounded
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ began with, and its peer is judged anew by whatever holds now (`Ends.judge`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ _RECORD_BYTES = 16 * 1024
 _HEAD_BYTES = 5
 _OVERHEAD_BYTES = 22
 """Of a record on the wire: its head, the kind of its content, the tag."""
+_DATA = b"\x17\x03\x03"
+"""How each record begins once the handshake is done."""
+MAX_IDLE = 64
+"""Records of one connection that carry no plain bytes, such as updates of keys and
+tickets: each costs as much as a small call, and OpenSSL takes any number."""
 _TOO_LONG = 22  # X509_V_ERR_CERT_CHAIN_TOO_LONG
 
 Judge = Callable[[Sequence[bytes]], Peer]
@@ -168,6 +174,7 @@ class Session:
 
     __slots__ = (
         "_head",
+        "_idle",
         "_judge",
         "_next",
         "_seen",
@@ -200,6 +207,8 @@ class Session:
         """Bytes of the record that has begun which are still to come."""
         self._head = b""
         """What there is of the head of the one that follows."""
+        self._idle = 0
+        """Records so far that carried nothing."""
         self.established = False
         self.ended = False
         """Whether nothing can be read any more, whatever was read last."""
@@ -233,7 +242,7 @@ class Session:
         """Return plain bytes, b"" at the end, None where more is needed first.
 
         Raises HandshakeRefused where the peer refused us: in TLS 1.3 a client hears of
-        that only here.
+        that only here; and where it offends TLS.
         """
         pieces = []
         try:
@@ -241,7 +250,11 @@ class Session:
                 self._whole -= 1
                 pieces.append(self._tls.recv(_RECORD_BYTES))
         except SSL.WantReadError:
-            self._whole = 0  # some were not data
+            self._idle += self._whole + 1
+            self._whole = 0
+            if self._idle > MAX_IDLE:
+                self.ended = True
+                raise HandshakeRefused("too many records without data") from None
         except SSL.ZeroReturnError:
             self.ended = True
         except SSL.Error as error:
@@ -265,10 +278,8 @@ class Session:
     def close(self) -> bytes:
         """Return what to send on the wire to end the connection properly."""
         if self.established:
-            try:
+            with suppress(SSL.Error):  # there may be an alert to send all the same
                 self._tls.shutdown()
-            except SSL.Error:
-                return b""
         return self.outgoing()
 
     def outgoing(self, most: int = _RECORD_BYTES) -> bytes:
@@ -300,16 +311,18 @@ class Session:
             if size - at < _HEAD_BYTES:
                 self._head, self._next = data[at:], 0
                 return
+            known = data[at : at + 3] == _DATA
             length = data[at + 3] << 8 | data[at + 4]
             at += _HEAD_BYTES + length
-            if at <= size or length > _RECORD_BYTES + 256:  # which is none
-                self._whole += 1
+            if at <= size or length > _RECORD_BYTES + 256 or not known:
+                self._whole += 1  # or OpenSSL need not wait for the rest of it
         self._next = at - size
 
     def _shake_hands(self) -> None:
         try:
             self._tls.do_handshake()
         except SSL.WantReadError:
+            self._whole = 0
             return
         except SSL.Error as error:
             raise HandshakeRefused(_cause(error)) from None

@@ -6,6 +6,7 @@ import tempfile
 import pytest
 from OpenSSL import SSL
 
+from tests.unit.transport.records import ALERT, HANDSHAKE, Hand
 from ztserve.errors import IdentityError, Unauthenticated, Unavailable
 from ztserve.identity import FixedSource, Identity
 from ztserve.testing import ThrowAwayAuthority
@@ -68,6 +69,15 @@ def met(authority):
     return server, client
 
 
+def heard(end, wire, at_once):
+    """Give what `wire` has to `end`, so many bytes at a time; return what it reads."""
+    plain = b""
+    for at in range(0, len(wire), at_once):
+        end.receive(wire[at : at + at_once])
+        plain += end.read() or b""
+    return plain
+
+
 def test_two_ends_know_each_other_before_a_byte_is_sent(authority):
     server = ends(authority, SERVER).accept(anybody)
     client = ends(authority, CLIENT).connect(only(SERVER))
@@ -88,11 +98,9 @@ def test_what_arrives_in_pieces_is_read_as_soon_as_a_record_is_whole(
 ):
     server, client = met(authority)
     wire = b"".join(client.write(bytes([n]) * size) for n, size in enumerate(SIZES))
-    heard = b""
-    for at in range(0, len(wire), at_once):
-        server.receive(wire[at : at + at_once])
-        heard += server.read() or b""
-    assert heard == b"".join(bytes([n]) * size for n, size in enumerate(SIZES))
+    assert heard(server, wire, at_once) == b"".join(
+        bytes([n]) * size for n, size in enumerate(SIZES)
+    )
 
 
 def test_a_record_is_read_once_it_is_whole_and_not_before(authority):
@@ -112,6 +120,73 @@ def test_a_record_that_would_be_too_long_is_refused_by_its_head(authority, junk)
     with pytest.raises(tls.HandshakeRefused, match="length too long"):
         server.read()
     assert server.ended
+
+
+@pytest.mark.parametrize(
+    "head", [b"\x99\x03\x03\x40\x00", b"\x17\x02\x00\x40\x00", b"GET / HTTP/1.1\r\n"]
+)
+def test_what_begins_as_no_record_does_is_refused_by_its_head(authority, head):
+    server, _client = met(authority)
+    server.receive(head)
+    with pytest.raises(tls.HandshakeRefused, match="not TLS"):
+        server.read()
+
+
+def by_hand(authority):
+    """A server's end, and a client's whose records are made by hand."""
+    server = ends(authority, SERVER).accept(anybody)
+    hand = Hand(authority.source(CLIENT))
+    assert connected(server, hand.session) == {}
+    return server, hand
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 30, 1000])
+def test_updates_of_keys_and_records_without_data_are_followed(authority, at_once):
+    server, hand = by_hand(authority)
+    wire = b"".join(
+        (
+            *(hand.update(), hand.record(b"1"), hand.update(asks=True), hand.update()),
+            *(hand.record(b""), hand.record(b"2", padding=9), hand.record(b"3")),
+            *(hand.record(b"", padding=300), hand.update(asks=True)),
+        )
+    )
+    assert heard(server, wire, at_once) == b"123"
+    hand.session.receive(server.write(b"answer"))  # in keys that were asked for
+    assert hand.session.read() == b"answer"
+
+
+@pytest.mark.parametrize("at_once", [27, 64 * 1024])
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("between", [b"", b"data"])
+def test_updates_of_keys_are_bounded(authority, at_once, asks, between):
+    server, hand = by_hand(authority)
+    wire = b""
+    for _ in range(10 * tls.MAX_IDLE):
+        wire += hand.update(asks=asks) + (hand.record(between) if between else b"")
+    with pytest.raises(tls.HandshakeRefused, match="too many records without data"):
+        heard(server, wire, at_once)
+    assert server.ended
+    assert len(server.outgoing()) < 64 * 1024
+
+
+def test_an_alert_is_sent_also_after_data_that_was_good(authority):
+    server, hand = by_hand(authority)
+    server.receive(hand.record(b"good") + hand.record(b"")[:-1] + b"!")
+    assert server.read() == b"good"
+    assert server.ended
+    hand.session.receive(server.close())
+    with pytest.raises(tls.HandshakeRefused, match="bad record mac"):
+        hand.session.read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [(HANDSHAKE, b"\x14\0\0\0"), (0, b"x"), (ALERT, b"\1\x5a" * 9)]
+)
+def test_what_nobody_may_send_after_the_handshake_ends_it(authority, kind, content):
+    server, hand = by_hand(authority)
+    server.receive(hand.record(content, kind) + hand.record(b"data"))
+    with pytest.raises(tls.HandshakeRefused):
+        server.read()
 
 
 def test_an_alert_ends_the_session_after_what_came_before_it(authority):

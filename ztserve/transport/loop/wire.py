@@ -267,8 +267,8 @@ class Wire(Carrier):
     # --- the loop's own ---------------------------------------------------------
 
     def _refused(self, refused: HandshakeRefused) -> None:
-        if self._http2 is None:
-            self._house.refused(refused.cause, self._address)
+        told = refused.cause if self._http2 is None else f"TLS: {refused.cause}"
+        self._house.refused(told, self._address)
 
     def _begun(self) -> None:
         self._house.known(self)
