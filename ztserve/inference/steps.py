@@ -43,13 +43,13 @@ class Steps:
                 self._expected_s = max(now - since, self._expected_s / 2)
                 if self._expected_s > QUICK_S or now - began > TOGETHER_S:
                     return pieces
-        except Exception as error:
+        except BaseException as error:  # SystemExit and others: the caller names them
             self.over = True
             if not pieces:
                 raise
             return _then(pieces, error)
 
 
-def _then(pieces: list[Outputs], error: Exception) -> Iterator[Outputs]:
+def _then(pieces: list[Outputs], error: BaseException) -> Iterator[Outputs]:
     yield from pieces
     raise error

@@ -40,13 +40,14 @@ def test_a_model_that_turns_slow_holds_back_what_came_just_before_and_no_more():
     assert turns(stream())[-4:] == [[101], [102], [103], []]
 
 
-def test_what_came_before_an_error_leaves_before_it():
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_what_came_before_an_error_leaves_before_it(kind):
     def stream():
         yield from range(50)
-        raise ValueError("the model's own")
+        raise kind("the model's own")
 
     steps, taken = Steps(stream(), lambda piece: piece), []
-    with pytest.raises(ValueError, match="the model's own"):
+    with pytest.raises(kind, match="the model's own"):
         taken.extend(piece for _ in range(60) for piece in steps.take())
     assert taken == list(range(50))
     assert steps.over
