@@ -85,7 +85,7 @@ class Outbox:
                 yield b"".join(block)
                 block.clear()
                 count = 0
-        if block:
+        if count:  # TLS has no way to send nothing
             yield b"".join(block)
 
     def stream(self, stream_id: int) -> Outgoing:

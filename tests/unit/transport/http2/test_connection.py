@@ -89,6 +89,17 @@ def test_a_body_larger_than_all_windows_arrives_whole_and_in_order():
     assert Writable(stream) in told
 
 
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 100])
+def test_no_block_is_empty_also_where_the_last_frame_is(size):
+    client, server = pair()
+    stream = client.request(OPEN)
+    client.data(stream, b"question")
+    client.data(stream, b"", end=True)
+    blocks = list(client.blocks(size))
+    assert all(blocks)
+    assert server.receive(b"".join(blocks))[-1] == DataReceived(stream, b"", ended=True)
+
+
 def test_streams_that_wait_for_the_same_window_take_turns():
     client, server = pair(connection_window=1 << 20, stream_window=1 << 20)
     one, other = client.request(OPEN), client.request(OPEN)
