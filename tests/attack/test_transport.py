@@ -719,6 +719,29 @@ def test_whoever_keeps_a_call_does_not_keep_its_stream(authority) -> None:
     assert len(served.service.calls) == len(served.service.outcomes) == 40
 
 
+@pytest.mark.parametrize(
+    ("call", "cause"),
+    [
+        (head(1, "/inference.GRPCInferenceService/Secret"), "method that is not here"),
+        (head(1, **{"grpc-timeout": "soon"}), "not gRPC's"),
+        (head(1, **{"grpc-encoding": "br"}), "not gRPC's"),
+        (head(1, **{"x-bin": "!"}), "not gRPC's"),
+        (head(1, **{"content-type": "text/html"}), "not gRPC's"),
+    ],
+)
+def test_whoever_tries_doors_that_are_not_there_is_told_of(
+    authority, attack, call, cause
+) -> None:
+    told: list[tuple[str, int, str]] = []
+    with serving(authority, on_handshake_refused=lambda *it: told.append(it)) as served:
+        attack(served).send(call, body(message(), 1))
+        assert soon(lambda: told)
+    assert served.service.calls == []
+    [(said, count, address)] = told
+    assert cause in said
+    assert (count, address) == (1, "127.0.0.1")
+
+
 # --- forgers of the end user ------------------------------------------------
 
 ADA = Caller("https://issuer", "ada", {"role": "doctor"}, "x509-svid")

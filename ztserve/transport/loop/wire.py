@@ -27,6 +27,9 @@ from ztserve.transport.tls import HandshakeRefused
 LINGER_S = 0.001
 """A connection that has written pieces of streams waits as long before it writes more:
 what is made meanwhile leaves together, and the loop is not woken for each."""
+_NO_GRPC = "a call that is not gRPC's"
+_NO_METHOD = "a call of a method that is not here"
+"""How the audit is told of calls that nobody judges: no caller chooses the words."""
 
 
 class Wire(Carrier):
@@ -307,6 +310,7 @@ class Wire(Carrier):
     def _arrive(self, stream_id: int, head: Request, *, ended: bool) -> None:
         http2 = cast("Connection", self._http2)
         if not messages.is_grpc(head):
+            self._house.refused(_NO_GRPC, self._address)
             http2.headers(stream_id, messages.NOT_GRPC, end=True)
             return
         method = self._house.methods.get(head.path)
@@ -317,6 +321,8 @@ class Wire(Carrier):
             most = self._house.limits.max_message_bytes
             call = Exchange(self, stream_id, head, most)
         except messages.Unreadable as error:
+            told_of = _NO_METHOD if method is None else _NO_GRPC
+            self._house.refused(told_of, self._address)
             accepted = (("grpc-accept-encoding", messages.ENCODINGS),)
             told = messages.Status(error.code, error.reason, accepted)
             http2.headers(stream_id, messages.trailers_only(told), end=True)
