@@ -584,6 +584,55 @@ def test_denied_giant_bodies_are_never_read() -> None:
     assert growth("ours") < 64
 
 
+KEPT = """
+import sys, threading
+from ztserve.transport.loop import allocator
+
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+if sys.argv[1:]:
+    allocator._KEPT_BYTES = int(sys.argv[1])
+allocator.keep_freed_memory()
+before, meet = rss(), threading.Barrier(24)
+
+def call():
+    meet.wait()
+    body = b"x" * (24 << 20)
+    meet.wait()
+    del body
+    meet.wait()
+    if threading.current_thread() is threads[0]:
+        print(rss() - before)
+    meet.wait()
+
+threads = [threading.Thread(target=call) for _ in range(24)]
+for one in threads: one.start()
+for one in threads: one.join()
+"""
+
+
+def kept(*most: str) -> int:
+    """MiB that 24 threads keep, each of which held 24 MiB."""
+    run = subprocess.run(
+        [sys.executable, "-c", KEPT, *most],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "100"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.slow
+def test_large_bodies_leave_no_memory_behind_for_each_thread() -> None:
+    """As on a machine of many cores, where each thread has an arena."""
+    assert kept(str(128 << 20)) > 300
+    assert kept() < 100
+
+
 @pytest.mark.slow
 def test_a_slow_body_holds_its_place_for_the_limit_only(authority, attack) -> None:
     for body_s, held in (30.0, True), (0.5, False):
