@@ -50,7 +50,12 @@ def tensor(name: str, value: Given, datatype: str | None = None) -> Tensor:
     """Return `value` as a tensor of `datatype`, or of its own where None."""
     if isinstance(value, str | bytes):
         return Tensor(name, "BYTES", (1,), (_bytes(value),))
-    array: Array = np.asarray(value)
+    try:
+        array: Array = np.asarray(value)
+    except ValueError as error:
+        raise InvalidInput(
+            f"input {name!r}: nested lists must have equal lengths"
+        ) from error
     if array.dtype.kind in "OSU" or datatype == "BYTES":
         strings = tuple([_bytes(one, name) for one in array.ravel().tolist()])
         return Tensor(name, "BYTES", array.shape, strings)

@@ -16,6 +16,11 @@ def test_an_array_keeps_its_own_datatype(datatype: str) -> None:
     assert (one.datatype, one.shape, one.data) == (datatype, (2, 3), array.tobytes())
 
 
+def test_lists_of_unequal_lengths_are_refused_by_name() -> None:
+    with pytest.raises(InvalidInput, match="input 'x': nested lists must have equal"):
+        values.tensor("x", [[1, 2, 3], [1, 2]])
+
+
 def test_big_endian_and_strided_arrays_are_put_in_order() -> None:
     array = np.arange(6, dtype=">i4").reshape(2, 3).T
     one = values.tensor("x", array)
