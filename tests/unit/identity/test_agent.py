@@ -260,7 +260,10 @@ def test_an_answer_without_end_is_refused(private):
 
 
 def test_a_second_agent_in_one_directory_is_refused(agent, authority, private):
-    with pytest.raises(IdentityError, match="already runs in"):
+    with pytest.raises(
+        IdentityError,
+        match=r"already runs in .*: the project is being served already; end that",
+    ):
         Agent(authority, private, Rules(trust_domain="td.example")).start()
     assert fetch(agent.socket).svids
 

@@ -221,7 +221,8 @@ class Agent:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise IdentityError(
-                f"an identity agent already runs in {self._directory}"
+                f"an identity agent already runs in {self._directory}: the project "
+                "is being served already; end that first"
             ) from error
         except OSError as error:
             raise IdentityError(f"{path}: {error.strerror}") from error
