@@ -180,6 +180,8 @@ def test_a_handshake_that_never_ends_is_ended(authority, tmp_path):
             one.close()
         assert time.monotonic() - began < 3
         assert edge.counted() == {"handshake took too long": 20}
+        told = [r for r in edge.records() if r.get("status_code") == "handshake"]
+        assert {record["src_endpoint"]["ip"] for record in told} == {"127.0.0.1"}
         assert edge.ask("POST", "/v1/predict", tensor())[0] == 200
 
 

@@ -93,6 +93,7 @@ class Watch:
             or (kind == frames.WINDOW_UPDATE and payload[:2] in (b"\0\0", b"\x80\0"))
             or (kind == frames.DATA and not flags & frames.END_STREAM)
             or (kind in (frames.DATA, frames.HEADERS, frames.CONTINUATION) and late)
+            or (kind == frames.RST_STREAM and (seen is None or seen.closed))
             or (self.client and kind in (frames.HEADERS, frames.CONTINUATION))
         )
         self.pieces = self.pieces + 1 if kind == frames.CONTINUATION else 0

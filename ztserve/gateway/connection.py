@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
             self._session.receive(data)
         except HandshakeRefused as refused:
             self.out.flush()
-            self._house.refused(refused.args[0])
+            self._refused(refused.args[0])
             self._end(linger=False)
             return
         self.out.flush()
@@ -98,7 +98,7 @@ class Connection(asyncio.Protocol):
         if self._state is State.CLOSED:
             return
         if self._state is State.HANDSHAKE:
-            self._house.refused("connection closed in the handshake")
+            self._refused("connection closed in the handshake")
         self._state = State.CLOSED
         self.closed.set_result(None)
         self._house.connections.discard(self)
@@ -122,7 +122,6 @@ class Connection(asyncio.Protocol):
         """End what has taken too long."""
         if now < min(self._expires, self.out.expires):
             return
-        refused = self._house.refused
         if self._state is State.BODY and self._body is not None:
             self._expires = NEVER
             if not self._body.done():
@@ -134,9 +133,9 @@ class Connection(asyncio.Protocol):
         else:
             if self._state is State.HANDSHAKE:
                 self._state = State.ENDING
-                refused("handshake took too long")
+                self._refused("handshake took too long")
             elif self._state is State.ANSWER:
-                refused("client does not read")
+                self._refused("client does not read")
             self._transport.abort()
 
     def judge(self) -> None:
@@ -272,7 +271,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, malformed: Malformed) -> None:
         """Say what is wrong with the request, and close: nothing after it is safe."""
-        self._house.refused(f"HTTP {malformed.status}")
+        self._refused(f"HTTP {malformed.status}")
         body = response.told(malformed.public)
         self.out.write(response.whole(malformed.status, body, closes=True))
         self._end(linger=True)
@@ -295,9 +294,12 @@ class Connection(asyncio.Protocol):
         except OSError:  # the client has closed already
             self._transport.abort()
 
+    def _refused(self, cause: str) -> None:
+        self._house.refused(cause, self.address)
+
     def _turn_away(self, cause: str) -> None:
         self._state = State.CLOSED
-        self._house.refused(cause)
+        self._refused(cause)
         self._transport.abort()
 
     def _expire(self, seconds: float) -> None:

@@ -2,12 +2,10 @@
 
 import logging
 import os
-from collections import Counter
 
 from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.errors import (
-    AuditError,
     CallError,
     InferenceError,
     Unauthenticated,
@@ -23,12 +21,10 @@ from ztserve.gateway.routes import LIVE, Routes
 from ztserve.gateway.tls import Edge
 from ztserve.gateway.visit import Visit
 from ztserve.identity import Quarantine
-from ztserve.transport import http_status
+from ztserve.transport import RefusedHandshakes, http_status
 from ztserve.types import Peer
 
 _LOG = logging.getLogger(__name__)
-
-_MAX_CAUSES = 64
 
 
 class Desk:
@@ -54,7 +50,9 @@ class Desk:
         self._quarantine = quarantine
         self.places = Places(limits)
         self.connections: set[Connection] = set()
-        self._refused: Counter[str] = Counter()
+        refusals = RefusedHandshakes(log.refused_handshakes)
+        self.refused = refusals.add
+        self.flush = refusals.tell
 
     async def answer(self, connection: Connection, head: Head) -> None:
         """Answer one request, whatever happens."""
@@ -73,21 +71,6 @@ class Desk:
         """Raise CallError if `peer` is in quarantine, or no list can be used."""
         if self._quarantine is not None:
             self._quarantine.check(peer)
-
-    def refused(self, cause: str) -> None:
-        """Count a connection or request that ended before there was a call."""
-        known = cause in self._refused or len(self._refused) < _MAX_CAUSES
-        self._refused[cause if known else "other"] += 1
-
-    def flush(self) -> None:
-        """Write what has been counted into the audit."""
-        counted, self._refused = self._refused, Counter()
-        for cause, count in counted.items():
-            try:
-                self.log.refused_handshakes(cause, count)
-            except AuditError as error:
-                _LOG.error("refusals are not in the audit: %s", error)
-                self._refused[cause] += count
 
     async def _tell(self, out: Outbox, error: Exception, call_id: str) -> None:
         if isinstance(error, CallError):

@@ -41,5 +41,5 @@ class House(Protocol):
     def check(self, peer: Peer) -> None:
         """Raise CallError if `peer` may not go on."""
 
-    def refused(self, cause: str) -> None:
+    def refused(self, cause: str, address: str) -> None:
         """Count a connection that ended before there was a call."""

@@ -81,7 +81,7 @@ class Visit:
         """Return who asks, as judged at this moment. Raises Unauthenticated."""
         chain = self._connection.chain
         if not chain:
-            self._desk.refused("no client certificate")
+            self._desk.refused("no client certificate", self._connection.address)
             raise Unauthenticated(
                 "show a client certificate: an SVID of a trust domain that is "
                 "known here"
@@ -89,7 +89,7 @@ class Visit:
         try:
             return self._desk.edge.peer(chain)
         except Unauthenticated as error:
-            self._desk.refused("client certificate refused")
+            self._desk.refused("client certificate refused", self._connection.address)
             _LOG.info("from %s: %s", self._connection.address, error)
             raise
 

@@ -18,6 +18,7 @@ from ztserve.transport.limits import Limits
 from ztserve.transport.loop.server import Server
 from ztserve.transport.methods import Method, inference_methods
 from ztserve.transport.protocol import Metadata
+from ztserve.transport.refusals import RefusedHandshakes
 from ztserve.transport.status import http_status
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Metadata",
     "Method",
     "Refusal",
+    "RefusedHandshakes",
     "Server",
     "directory_methods",
     "http_status",

@@ -16,9 +16,9 @@ from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.loop.credentials import Credentials
 from ztserve.transport.loop.house import House
 from ztserve.transport.loop.reactor import Reactor
-from ztserve.transport.loop.refusals import RefusedHandshakes
 from ztserve.transport.loop.wire import Wire
 from ztserve.transport.methods import Method
+from ztserve.transport.refusals import RefusedHandshakes
 from ztserve.transport.rpc import Reaper
 from ztserve.transport.tls import Ends
 from ztserve.transport.visit import Desk

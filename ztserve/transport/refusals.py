@@ -1,4 +1,4 @@
-"""Refused handshakes, counted by cause and address, and told of now and then."""
+"""Connections that ended before a call, by cause and address, told of now and then."""
 
 import logging
 import threading
@@ -23,20 +23,24 @@ class RefusedHandshakes:
     def __bool__(self) -> bool:
         return bool(self._counts)
 
-    def add(self, cause: str, address: str) -> None:
-        """Count one refusal; what a stranger can vary is bounded."""
+    def add(self, cause: str, address: str, count: int = 1) -> None:
+        """Count refusals; what a stranger can vary is bounded."""
         with self._lock:
             known = (cause, address)
             if known not in self._counts and len(self._counts) >= MAX_KINDS:
                 known = OTHERS
-            self._counts[known] += 1
+            self._counts[known] += count
 
     def tell(self) -> None:
-        """Report what was counted, and begin anew; a fault of one ends no other."""
+        """Report what was counted, and begin anew.
+
+        A report that fails keeps no other back, and is made again the next time.
+        """
         with self._lock:
             counts, self._counts = self._counts, Counter()
         for (cause, address), count in counts.items():
             try:
                 self._report(cause, count, address)
-            except Exception:  # noqa: BLE001 - logged; the next one is told
+            except Exception:  # noqa: BLE001 - logged; the others are told
                 _LOG.exception("a report of refused handshakes failed")
+                self.add(cause, address, count)
