@@ -81,18 +81,10 @@ def prepare(project: Path) -> config.Settings:
     if not toml.exists():
         project.mkdir(exist_ok=True)
         initialise(project)
-        (project / "policies/chat.yaml").write_bytes(
-            (Path(__file__).parent / "policies/chat.yaml").read_bytes()
-        )
-        (project / "policies/chat.yaml").chmod(0o644)
         toml.write_text(
             toml.read_text()
             .replace("port = 7443", f"port = {_free_port()}")
             .replace("port = 8443", f"port = {_free_port()}")
-            .replace(
-                '"policies/developer.yaml"',
-                '"policies/developer.yaml", "policies/chat.yaml"',
-            )
             .replace('["inference-service"]', '["inference-service", "chat"]')
         )
     config.default_environment(

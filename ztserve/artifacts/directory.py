@@ -37,8 +37,8 @@ class DirectoryRegistry:
             there = any(self._root.iterdir())
         except OSError as error:
             raise RegistryError(
-                f"there is no registry or model directory at {self._root}: "
-                f"{error.strerror}"
+                f"there is no registry or model directory at {self._root} "
+                f"({error.strerror}); `ztserve publish` makes one"
             ) from error
         if not there:
             raise RegistryError(

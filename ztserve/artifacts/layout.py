@@ -79,7 +79,11 @@ class LayoutRegistry:
         """
         found = [e for e in self._entries() if e.model.name == ref.name]
         if not found:
-            raise RegistryError(f"{self._root} has no model {ref.name!r}")
+            raise RegistryError(
+                f"{self._root} has no model {ref.name!r}: publish it with `ztserve "
+                f"publish FOLDER {ref.name}:VERSION`"
+            )
+        latest = ", ".join(f"{ref.name}:{e.model.version}" for e in found[-5:])
         if ref.version is not None:
             found = [e for e in found if e.model.version == ref.version]
         if ref.digest is not None:
@@ -89,7 +93,7 @@ class LayoutRegistry:
             if len(found) > 1:
                 raise RegistryError(f"{self._root}: {ref} is ambiguous")
         if not found:
-            raise RegistryError(f"{self._root} has no {ref}")
+            raise RegistryError(f"{self._root} has no {ref}; it has {latest}")
         entry = found[-1]
         raw = self._read(entry.manifest, limit=MAX_INDEX_BYTES)
         self._layers[entry.model] = parse_layers(raw, f"{ref}")

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ZTServeError, OSError) as error:
-        print(printable(f"ztserve {chosen.verb}: {error}"), file=sys.stderr)
         _hint(chosen.verb)
+        print(printable(f"ztserve {chosen.verb}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,8 @@ from typing import Any
 from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.serving.cluster import attached, deploy, replicas
+from ztserve.serving.weights import check_published
+from ztserve.types import ModelRef
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,9 @@ def run(chosen: argparse.Namespace) -> int:
         namespace=settings.identity.namespace,
         operations=None,
     )
+    wanted = models(chosen.app, app)
+    if chosen.address is None:  # elsewhere, a replica may see another registry
+        check_published(settings, wanted)
     print("starting Ray", flush=True)
     with attached(chosen.address, num_cpus=chosen.num_cpus):
         # Only now: Ray has put a handler of its own there, which aborts the process.
@@ -71,3 +76,16 @@ def load(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+
+
+def models(name: str, app: Any) -> list[ModelRef]:
+    """Return what an application serves. Raises ConfigError for what is not ours."""
+    from ztserve.serving.binding import is_ours, plans  # with Ray, a second
+
+    if not is_ours(app):
+        kind, what = ("the class", app) if isinstance(app, type) else ("a", type(app))
+        raise ConfigError(
+            f"{name!r} is {kind} {what.__name__}: expected what `bind` of a "
+            "ZTDeployment returns, e.g. `app = Price.bind()` and price:app"
+        )
+    return [ref for plan in plans(app) for ref in plan.models.values()]

@@ -1,12 +1,14 @@
 """``ztserve status``: the deployments, their replicas, and why one does not run."""
 
 import argparse
+import sys
 from dataclasses import asdict
 
 from ztserve import config
 from ztserve.cli import show
 from ztserve.cli.printing import printable
-from ztserve.serving.cluster import attached, noted_address, replicas, statuses
+from ztserve.serving.cluster import NoCluster, attached, replicas, statuses
+from ztserve.serving.running import noted_address
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +18,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Ask Serve; what could not start comes first, with its own sentence."""
+    """Ask Serve; what could not start comes first, with its own sentence.
+
+    Raises NoCluster where nothing runs.
+    """
     settings = config.load()
-    with attached(chosen.address or noted_address(settings)):
-        rows = statuses()
-        places = replicas(settings)
+    address = chosen.address or noted_address(settings)
+    try:
+        with attached(address or "auto"):
+            rows = statuses()
+            places = replicas(settings)
+    except NoCluster as error:
+        if address:
+            raise
+        raise NoCluster(
+            f"nothing serves the project of {settings.base.resolve()}: start it with "
+            "`ztserve run module:app`, or name host:port of its Ray with --address"
+        ) from error
+    if not (address or places):
+        # It may still be ours, if no replica of it could start.
+        print(
+            f"no replica of the project of {settings.base.resolve()} runs; this is "
+            "what else the Ray of this machine has",
+            file=sys.stderr,
+        )
     if chosen.json:
         show.as_json(
             {

@@ -5,7 +5,7 @@ opens no socket, starts no process, calls no Ray.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,26 @@ class Bindable:
         return application
 
 
+def is_ours(value: Any) -> bool:
+    """Tell whether this is an application of a ZTDeployment."""
+    return isinstance(value, ray_private.Application) and _shell(value) is not None
+
+
+def plans(application: ray_private.Application) -> Iterator[Plan]:
+    """Yield the plans of an application: its own, and those of what is bound to it."""
+    bound: tuple[Any, ...] = ray_private.deployment_of(application).init_args
+    plan, args, kwargs = bound
+    yield plan
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Remote):
+            yield from plans(value.application)
+
+
+def _shell(application: ray_private.Application) -> type[Shell] | None:
+    found = ray_private.deployment_of(application).func_or_class
+    return found if isinstance(found, type) and issubclass(found, Shell) else None
+
+
 def _models(
     declared: ModelRef | Mapping[str, ModelRef] | None,
     chosen: ModelRef | str | Mapping[str, ModelRef | str] | None,
@@ -108,8 +128,8 @@ def _ref(ref: ModelRef | str) -> ModelRef:
 def _argument(value: Any, namespace: str) -> Any:
     if not isinstance(value, ray_private.Application):
         return value
-    shell = ray_private.deployment_of(value).func_or_class
-    if not (isinstance(shell, type) and issubclass(shell, Shell)):
+    shell = _shell(value)
+    if shell is None:
         raise ConfigError(
             "a plain Ray Serve application cannot be passed to a ZTDeployment: calls "
             "to it would be plaintext and unauthenticated; make it a ZTDeployment too"

@@ -6,12 +6,13 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ztserve import config, transport
 from ztserve.errors import ConfigError, ZTServeError
+from ztserve.serving.running import claimed
 
 _OURS = re.compile(r"ztserve\.\S*?(\w+): (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.DOTALL)
 CONNECT_S = 5.0
@@ -33,13 +34,18 @@ class DeployFailed(ZTServeError):
     """The application did not come up; the message is the replica's own sentence."""
 
 
+class NoCluster(ConfigError):
+    """No Ray answers us where one should be."""
+
+
 @contextmanager
 def attached(
     address: str | None = None, *, num_cpus: int | None = None
 ) -> Iterator[None]:
     """Start Ray on this machine, or attach to `address`; without any Serve proxy.
 
-    What was started here ends with the block.
+    What was started here ends with the block. Raises NoCluster where there is no such
+    Ray, ConfigError where another process serves this project.
     """
     config.before_ray()
     if config.ray_auth_mode() not in ("", "token"):
@@ -47,22 +53,22 @@ def attached(
     import ray
     from ray import serve
 
-    settings = config.load()
-    started = address is None
-    _connect(address, num_cpus)
-    try:
-        if started:
+    with ExitStack() as ending:
+        if address is not None:
+            _connect(address, None)
+            ending.callback(ray.shutdown)
+        else:
+            settings = config.load()
+            note = ending.enter_context(claimed(settings))
+            _connect(None, num_cpus)
+            ending.callback(ray.shutdown)
+            ending.callback(_end, settings)
             serve.start(
                 proxy_location="Disabled", logging_config={"enable_access_log": False}
             )
-            _note(settings, ray_address())
+            note(ray_address())
+            ending.callback(note, "")
         yield
-    finally:
-        try:
-            if started:
-                _end(settings)
-        finally:
-            ray.shutdown()
 
 
 def _connect(address: str | None, num_cpus: int | None) -> None:
@@ -90,16 +96,18 @@ def _connect(address: str | None, num_cpus: int | None) -> None:
             },
         )
     except ray.exceptions.AuthenticationError as error:
-        raise ConfigError(f"this Ray wants its token: {error}") from error
+        raise NoCluster(f"this Ray wants its token: {error}") from error
+    except ConnectionError as error:
+        raise NoCluster(f"there is no Ray at {address!r}: {error}") from error
 
 
 def _check_answers(address: str) -> None:
-    """Raise ConfigError where nobody listens: Ray itself would try for minutes."""
+    """Raise NoCluster where nobody listens: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, ValueError) as error:
-        raise ConfigError(
+        raise NoCluster(
             f"no Ray answers at {address} ({error}): start the application with "
             "`ztserve run`, or name host:port of its Ray with --address"
         ) from error
@@ -111,25 +119,10 @@ def _end(settings: config.Settings) -> None:
 
     from ztserve.serving.node import end
 
-    _note(settings, "")
     for name in list(serve.status().applications):
         serve.delete(name)
     # Before Serve: what follows it would ask on while it goes away.
     end(settings)
-
-
-def noted_address(settings: config.Settings) -> str:
-    """Return the address of the Ray that runs this project; "auto" if not known."""
-    try:
-        return (settings.state / "cluster").read_text() or "auto"
-    except FileNotFoundError:
-        return "auto"
-
-
-def _note(settings: config.Settings, address: str) -> None:
-    """Keep where a second shell finds this Ray, among others on the machine."""
-    settings.state.mkdir(mode=0o700, exist_ok=True)
-    (settings.state / "cluster").write_text(address)
 
 
 def ray_address() -> str:

@@ -1,7 +1,7 @@
 """A replica's weights: resolved, pinned for the whole deploy, and verified."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from ztserve.artifacts import (
@@ -21,6 +21,14 @@ Pin = Callable[[str, str], str]
 """Given a part and the digest it resolved to, returns the one that the deploy uses."""
 
 _RETRY_S = 0.5
+
+
+def check_published(settings: Settings, refs: Iterable[ModelRef]) -> None:
+    """Raise ArtifactError where a replica would find no such model, or no policy."""
+    TrustPolicy.load(settings.artifacts.trust_policy)
+    registry = open_registry(settings.artifacts.registry)
+    for ref in refs:
+        registry.resolve(ref)
 
 
 class Weights:

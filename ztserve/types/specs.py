@@ -59,7 +59,8 @@ class TensorSpec:
         _require(_NAME.match(self.name), here + "the name must be an identifier")
         _require(
             self.datatype in DATATYPES,
-            here + f"datatype {self.datatype!r} is none of {', '.join(DATATYPES)}",
+            here + f"datatype {self.datatype!r} is none of {', '.join(DATATYPES)}; a "
+            "text is a TextSpec",
         )
         _require(self.shape, here + "the shape needs at least the batch axis")
         _require(

@@ -25,9 +25,10 @@ class TensorCheck:
         """
         spec, shape, data = self._spec, tensor.shape, tensor.data
         if tensor.datatype != spec.datatype:
-            raise self._refusal(f"datatype {spec.datatype}", _datatype(tensor.datatype))
+            raise self._refusal(_wanted(spec.datatype), _datatype(tensor.datatype))
         if not _fits(shape, spec.shape):
-            raise self._refusal(f"shape {list(spec.shape)}", _shape(shape))
+            free = " with 1 or more for -1" if 0 in shape else ""
+            raise self._refusal(f"shape {list(spec.shape)}{free}", _shape(shape))
         if isinstance(data, tuple):
             raise self._refusal("raw contents", "strings of bytes")
         got = data.nbytes if isinstance(data, memoryview) else len(data)
@@ -60,6 +61,12 @@ def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return str(list(shape)) if len(shape) <= 16 else f"{len(shape)} dimensions"
+
+
+def _wanted(datatype: str) -> str:
+    """Name the datatype, as the callers' numpy does too where it has it."""
+    numpy = "" if datatype == "BF16" else f" (numpy.{DATATYPES[datatype].name})"
+    return f"datatype {datatype}{numpy}"
 
 
 def _datatype(name: str) -> str:
