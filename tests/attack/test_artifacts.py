@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 from tests.unit.artifacts.workshop import Workshop, pem, signing_key
-from ztserve.artifacts import TrustPolicy, loader, open_registry, verify_model
+from ztserve.artifacts import TrustPolicy, open_registry, verify_model
+from ztserve.artifacts.loading import loader
 from ztserve.artifacts.publish import (
     model_statement,
     publish,

@@ -9,7 +9,8 @@ import pytest
 
 from examples.digits import Digits
 from examples.refusals import Door, LetInError, tamper, weights, wire
-from ztserve.artifacts import loader, publish
+from ztserve.artifacts import publish
+from ztserve.artifacts.loading import loader
 from ztserve.errors import VerificationError
 from ztserve.testing import serve
 

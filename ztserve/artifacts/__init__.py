@@ -6,12 +6,17 @@ hashed is the very memory that becomes the tensors. Keys, signing and publishing
 the offline half: `ztserve.artifacts.publish`, which nothing that serves imports.
 """
 
-from ztserve.artifacts.loader import verify_model
-from ztserve.artifacts.model import VerifiedModel
-from ztserve.artifacts.registry import Reader, Registry, Resolved, open_registry
-from ztserve.artifacts.release import Release
-from ztserve.artifacts.signers import Role, SignedBy, Signer
-from ztserve.artifacts.trust import TrustPolicy
+from ztserve.artifacts.loading.loader import verify_model
+from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.registry.protocol import (
+    Reader,
+    Registry,
+    Resolved,
+    open_registry,
+)
+from ztserve.artifacts.statements.release import Release
+from ztserve.artifacts.trust.policy import TrustPolicy
+from ztserve.artifacts.trust.signers import Role, SignedBy, Signer
 
 __all__ = [
     "Reader",

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from ztserve.artifacts.buffers import read_all
+from ztserve.artifacts.loading.buffers import read_all
 from ztserve.errors import RegistryError, VerificationError
 
 

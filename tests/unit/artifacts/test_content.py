@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ztserve.artifacts.content import check_contents, check_suffixes
+from ztserve.artifacts.loading.content import check_contents, check_suffixes
 from ztserve.errors import VerificationError
 
 

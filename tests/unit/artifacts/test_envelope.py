@@ -5,14 +5,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.unit.artifacts.workshop import signing_key
-from ztserve.artifacts.envelope import (
+from ztserve.artifacts.statements.envelope import (
     check_signature,
     pae,
     parse_envelope,
     parse_statement,
     subject_digest,
 )
-from ztserve.artifacts.strict import Malformed
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
 KEY = signing_key()

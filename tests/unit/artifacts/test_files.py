@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ztserve.artifacts.files import list_files, open_file, read_file
+from ztserve.artifacts.registry.files import list_files, open_file, read_file
 from ztserve.errors import RegistryError, VerificationError
 
 
@@ -61,7 +61,7 @@ def test_a_file_over_the_limit_is_refused_unread(tmp_path):
 
 
 def test_too_many_files_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ztserve.artifacts.files.MAX_ENTRIES", 2)
+    monkeypatch.setattr("ztserve.artifacts.registry.files.MAX_ENTRIES", 2)
     for name in "abc":
         (tmp_path / name).touch()
     with pytest.raises(VerificationError, match="more than 2 files"):

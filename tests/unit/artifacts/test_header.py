@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ztserve.artifacts.header import DTYPES, parse_header
-from ztserve.artifacts.strict import Malformed
+from ztserve.artifacts.loading.header import DTYPES, parse_header
+from ztserve.artifacts.statements.strict import Malformed
 
 
 def test_the_layout_is_where_the_reference_writer_put_the_tensors():

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ztserve.artifacts import Resolved, open_registry
-from ztserve.artifacts.layout import parse_index, parse_layers
+from ztserve.artifacts.registry.layout import parse_index, parse_layers
 from ztserve.errors import RegistryError, VerificationError
 from ztserve.types import ModelRef
 

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from tests.unit.artifacts.workshop import signing_key
-from ztserve.artifacts.envelope import parse_envelope
-from ztserve.artifacts.manifest import check_names, parse_manifest
 from ztserve.artifacts.publish import model_statement
-from ztserve.artifacts.strict import Malformed
+from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.manifest import check_names, parse_manifest
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
 KEY = signing_key()

@@ -131,7 +131,7 @@ def test_a_registry_whose_making_was_cut_short_is_finished(workshop):
 
 def test_an_index_that_readers_would_refuse_is_not_written(workshop, monkeypatch):
     workshop.published("one", version="1")
-    monkeypatch.setattr("ztserve.artifacts.layout.MAX_MODELS", 1)
+    monkeypatch.setattr("ztserve.artifacts.registry.layout.MAX_MODELS", 1)
     with pytest.raises(RegistryError, match="2 entries, the limit is 1"):
         workshop.published("two", version="2")
     assert aliases(workshop) == {"1": "production"}

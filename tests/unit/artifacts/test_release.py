@@ -3,9 +3,9 @@ import json
 import pytest
 
 from tests.unit.artifacts.workshop import signing_key
-from ztserve.artifacts.envelope import parse_envelope
 from ztserve.artifacts.publish import release_statement
-from ztserve.artifacts.release import check_release, parse_release
+from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.release import check_release, parse_release
 from ztserve.errors import VerificationError
 from ztserve.types import ModelRef
 

@@ -6,8 +6,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.unit.artifacts.workshop import pem, signing_key
 from ztserve.artifacts import TrustPolicy
-from ztserve.artifacts.envelope import parse_envelope
 from ztserve.artifacts.publish import sign_policy
+from ztserve.artifacts.statements.envelope import parse_envelope
 from ztserve.errors import ConfigError, VerificationError
 
 KEY = signing_key()

@@ -8,8 +8,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import save_file
 
 from ztserve.artifacts import TrustPolicy
-from ztserve.artifacts.envelope import parse_envelope
-from ztserve.artifacts.keys import public_pem
 from ztserve.artifacts.publish import (
     SigningKey,
     model_statement,
@@ -18,6 +16,8 @@ from ztserve.artifacts.publish import (
     release_statement,
     sign_model,
 )
+from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.keys import public_pem
 
 ROLES = ("trainer", "evaluator", "deployer")
 

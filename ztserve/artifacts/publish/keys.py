@@ -12,15 +12,15 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ztserve.artifacts.envelope import BUNDLE_TYPE, IN_TOTO_TYPE, pae
-from ztserve.artifacts.keys import (
+from ztserve.artifacts.publish.atomic import create
+from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, IN_TOTO_TYPE, pae
+from ztserve.artifacts.statements.keys import (
     key_id,
     public_pem,
     signature_algorithm,
     strong_curve,
 )
-from ztserve.artifacts.publish.atomic import create
-from ztserve.artifacts.signers import ROLES, Role
+from ztserve.artifacts.trust.signers import ROLES, Role
 from ztserve.errors import ConfigError
 
 _MAX_KEY_BYTES = 1 << 16

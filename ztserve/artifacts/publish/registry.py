@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ztserve.artifacts.envelope import BUNDLE_TYPE, parse_envelope
-from ztserve.artifacts.layout import (
+from ztserve.artifacts.publish.atomic import create, replace
+from ztserve.artifacts.publish.signing import read_signed
+from ztserve.artifacts.registry.layout import (
     ALIASES,
     DIGEST,
     IMAGE_MANIFEST_TYPE,
@@ -26,11 +27,18 @@ from ztserve.artifacts.layout import (
     parse_index,
     parse_layers,
 )
-from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
-from ztserve.artifacts.publish.atomic import create, replace
-from ztserve.artifacts.publish.signing import read_signed
-from ztserve.artifacts.registry import Resolved
-from ztserve.artifacts.release import check_name, check_release, parse_release
+from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, parse_envelope
+from ztserve.artifacts.statements.manifest import (
+    RELEASE_FILE,
+    SIGNATURE_FILE,
+    SIGNATURE_FILES,
+)
+from ztserve.artifacts.statements.release import (
+    check_name,
+    check_release,
+    parse_release,
+)
 from ztserve.errors import ConfigError, RegistryError, VerificationError
 from ztserve.types import ModelRef
 

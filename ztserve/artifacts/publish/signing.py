@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ztserve.artifacts.buffers import Buffer, read_all
-from ztserve.artifacts.content import check_contents, check_suffixes
-from ztserve.artifacts.directory import DirectoryRegistry, model_files
-from ztserve.artifacts.envelope import STATEMENT_TYPE, parse_envelope
-from ztserve.artifacts.files import open_file
-from ztserve.artifacts.loader import check_closed, check_digests
-from ztserve.artifacts.manifest import (
+from ztserve.artifacts.loading.buffers import Buffer, read_all
+from ztserve.artifacts.loading.content import check_contents, check_suffixes
+from ztserve.artifacts.loading.loader import check_closed, check_digests
+from ztserve.artifacts.publish.atomic import replace
+from ztserve.artifacts.publish.keys import SigningKey
+from ztserve.artifacts.registry.directory import DirectoryRegistry, model_files
+from ztserve.artifacts.registry.files import open_file
+from ztserve.artifacts.statements.envelope import STATEMENT_TYPE, parse_envelope
+from ztserve.artifacts.statements.manifest import (
     IGNORABLE,
     PREDICATE_TYPE,
     RELEASE_FILE,
@@ -26,12 +28,10 @@ from ztserve.artifacts.manifest import (
     parse_manifest,
     root_digest,
 )
-from ztserve.artifacts.publish.atomic import replace
-from ztserve.artifacts.publish.keys import SigningKey
-from ztserve.artifacts.release import PREDICATE_TYPE as RELEASE_TYPE
-from ztserve.artifacts.release import check_name
-from ztserve.artifacts.strict import Malformed
-from ztserve.artifacts.trust import POLICY_TYPE
+from ztserve.artifacts.statements.release import PREDICATE_TYPE as RELEASE_TYPE
+from ztserve.artifacts.statements.release import check_name
+from ztserve.artifacts.statements.strict import Malformed
+from ztserve.artifacts.trust.policy import POLICY_TYPE
 from ztserve.errors import ConfigError, VerificationError
 
 

@@ -89,8 +89,8 @@ def open_registry(path: str | os.PathLike[str]) -> Registry:
     is nothing at `path` (now: a mount may still come).
     """
     # Here, not above: both implement the protocol and import it from this module.
-    from ztserve.artifacts.directory import DirectoryRegistry
-    from ztserve.artifacts.layout import LAYOUT_FILE, LayoutRegistry
+    from ztserve.artifacts.registry.directory import DirectoryRegistry
+    from ztserve.artifacts.registry.layout import LAYOUT_FILE, LayoutRegistry
 
     root = Path(path).absolute()
     try:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ztserve.artifacts.registry import Reader
+from ztserve.artifacts.registry.protocol import Reader
 from ztserve.errors import RegistryError, VerificationError
 
 _CHUNK = 2 << 20

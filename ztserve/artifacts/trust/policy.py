@@ -32,8 +32,12 @@ from pathlib import Path
 from typing import Self
 
 from ztserve import types
-from ztserve.artifacts.envelope import Envelope, check_signature, parse_envelope
-from ztserve.artifacts.signers import (
+from ztserve.artifacts.statements.envelope import (
+    Envelope,
+    check_signature,
+    parse_envelope,
+)
+from ztserve.artifacts.trust.signers import (
     Role,
     SignedBy,
     Signer,

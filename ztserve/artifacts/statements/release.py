@@ -7,8 +7,12 @@ predicate names a package URL, not the name that a deployment asks for.
 
 from dataclasses import dataclass
 
-from ztserve.artifacts.envelope import Envelope, parse_statement, subject_digest
-from ztserve.artifacts.strict import Malformed, get, only
+from ztserve.artifacts.statements.envelope import (
+    Envelope,
+    parse_statement,
+    subject_digest,
+)
+from ztserve.artifacts.statements.strict import Malformed, get, only
 from ztserve.errors import ConfigError, VerificationError
 from ztserve.types import ModelRef
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ztserve.artifacts.header import DTYPES, Extent, Layout
-from ztserve.artifacts.release import Release
-from ztserve.artifacts.signers import SignedBy
+from ztserve.artifacts.loading.header import DTYPES, Extent, Layout
+from ztserve.artifacts.statements.release import Release
+from ztserve.artifacts.trust.signers import SignedBy
 from ztserve.errors import VerificationError
 
 if TYPE_CHECKING:

@@ -3,11 +3,20 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ztserve.artifacts.envelope import MAX_BUNDLE_BYTES, parse_envelope
-from ztserve.artifacts.files import FileReader, list_files, open_file, read_file
-from ztserve.artifacts.manifest import RELEASE_FILE, SIGNATURE_FILE, SIGNATURE_FILES
-from ztserve.artifacts.registry import Resolved
-from ztserve.artifacts.release import parse_release
+from ztserve.artifacts.registry.files import (
+    FileReader,
+    list_files,
+    open_file,
+    read_file,
+)
+from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES, parse_envelope
+from ztserve.artifacts.statements.manifest import (
+    RELEASE_FILE,
+    SIGNATURE_FILE,
+    SIGNATURE_FILES,
+)
+from ztserve.artifacts.statements.release import parse_release
 from ztserve.errors import RegistryError, VerificationError
 from ztserve.types import ModelRef
 

@@ -7,8 +7,8 @@ are refused even when signed, by suffix and by their first bytes.
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from ztserve.artifacts.header import Layout, parse_header
-from ztserve.artifacts.strict import Malformed, as_object, loads
+from ztserve.artifacts.loading.header import Layout, parse_header
+from ztserve.artifacts.statements.strict import Malformed, as_object, loads
 from ztserve.errors import VerificationError
 
 WEIGHTS = ".safetensors"

@@ -6,20 +6,20 @@ from datetime import datetime
 from typing import Literal
 
 from ztserve import types
-from ztserve.artifacts.buffers import Buffer, read_all
-from ztserve.artifacts.content import check_contents, check_suffixes
-from ztserve.artifacts.envelope import parse_envelope
-from ztserve.artifacts.manifest import (
+from ztserve.artifacts.loading.buffers import Buffer, read_all
+from ztserve.artifacts.loading.content import check_contents, check_suffixes
+from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.registry.protocol import Registry, Resolved, open_registry
+from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.manifest import (
     RELEASE_FILE,
     SIGNATURE_FILE,
     Manifest,
     parse_manifest,
 )
-from ztserve.artifacts.model import VerifiedModel
-from ztserve.artifacts.registry import Registry, Resolved, open_registry
-from ztserve.artifacts.release import Release, check_release, parse_release
-from ztserve.artifacts.signers import SignedBy
-from ztserve.artifacts.trust import TrustPolicy
+from ztserve.artifacts.statements.release import Release, check_release, parse_release
+from ztserve.artifacts.trust.policy import TrustPolicy
+from ztserve.artifacts.trust.signers import SignedBy
 from ztserve.errors import VerificationError
 from ztserve.types import ModelRef
 

@@ -11,8 +11,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ztserve.artifacts.envelope import Envelope, parse_statement, subject_digest
-from ztserve.artifacts.strict import (
+from ztserve.artifacts.statements.envelope import (
+    Envelope,
+    parse_statement,
+    subject_digest,
+)
+from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
     as_object,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 
-from ztserve.artifacts.keys import PublicKey, signature_algorithm
-from ztserve.artifacts.strict import (
+from ztserve.artifacts.statements.keys import PublicKey, signature_algorithm
+from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
     as_object,

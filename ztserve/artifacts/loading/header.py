@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ztserve.artifacts.strict import (
+from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
     as_object,

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast, get_args
 
-from ztserve.artifacts.keys import PublicKey, key_id, load_public_key
+from ztserve.artifacts.statements.keys import PublicKey, key_id, load_public_key
 from ztserve.errors import ConfigError
 
 Role: TypeAlias = Literal["trainer", "evaluator", "deployer"]

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztserve.artifacts.envelope import MAX_BUNDLE_BYTES
-from ztserve.artifacts.files import FileReader, open_file, read_file
-from ztserve.artifacts.manifest import (
+from ztserve.artifacts.registry.files import FileReader, open_file, read_file
+from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES
+from ztserve.artifacts.statements.manifest import (
     MAX_FILES,
     RELEASE_FILE,
     SIGNATURE_FILE,
     SIGNATURE_FILES,
 )
-from ztserve.artifacts.registry import Resolved
-from ztserve.artifacts.strict import (
+from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
     as_object,

@@ -1,0 +1,1 @@
+"""From a registry's bytes to weights: read once, hashed in place, then reachable."""

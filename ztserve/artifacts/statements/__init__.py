@@ -1,0 +1,1 @@
+"""What is signed: envelopes, manifests, releases, read strictly."""

@@ -1,0 +1,1 @@
+"""Whose signature counts, for what, and until when."""
