@@ -17,8 +17,8 @@ from ztserve.transport import Client
 pytestmark = pytest.mark.slow
 
 POLICIES = Path(__file__).parents[2] / "examples/policies"
-SEED, DEVELOPER, CHAT, PIPELINE = (
-    POLICIES / f"{name}.yaml" for name in ("seed", "developer", "chat", "pipeline")
+SEED, DEVELOPER, PIPELINE = (
+    POLICIES / f"{name}.yaml" for name in ("seed", "developer", "pipeline")
 )
 DOMAIN = "spiffe://dev.ztserve.internal"
 GATEWAY = f"{DOMAIN}/ns/ml-api/sa/api-gateway"
@@ -85,7 +85,9 @@ def test_the_chat_answers_whatever_it_is_asked(trained_chat, prompt):
 
 
 def test_the_gateway_may_chat_and_a_stranger_may_not(trained_chat):
-    with serve(Chat, model=trained_chat.directory, policies=(SEED, CHAT)) as served:
+    with serve(
+        Chat, model=trained_chat.directory, policies=(SEED, DEVELOPER)
+    ) as served:
         with client_of(served, GATEWAY, "chat") as gateway:
             assert gateway.infer({"prompt": "hello"})["text"].startswith("Hello!")
         with client_of(served, PREPROCESS, "chat") as stranger, pytest.raises(Denied):
