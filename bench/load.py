@@ -1,297 +1,226 @@
-"""Loads one server with a C load generator, and reads what its processes cost.
+"""Loading weights: verified, beside not verified, each in a process of its own.
 
-h2load drives gRPC, wrk drives HTTP/1.1; neither shares an interpreter with what is
-measured (a Python client costs more than the servers and hides their differences).
-Neither can take a client certificate, so one is given to them by an LD_PRELOAD shim,
-``tls_client_cert.c``. They do not verify the server: what is measured is the server.
+    python -m bench.load [--mib 1024] [--rounds 5] [--quick] [--json FILE]
+
+The same model, in one file and in four. Each run is a fresh process that imports, then
+loads, then sums a byte of every page; the arms take turns. `cold` has the files out of
+the page cache (posix_fadvise), `warm` has them in it. Figures are medians, with the
+least and the most; peak memory is what the load added, as a part of the model.
+
+============  ====================================================================
+mapped        safetensors' `load_file`, which maps the file: what changes it changes
+              the weights
+read          `load_file(backend="pread")`: a copy of one's own, unverified
+ztserve       `verify_model`: signatures, a closed world, the SHA-256 of every byte
+              in the memory that becomes the tensors
+============  ====================================================================
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import re
-import shutil
-import struct
+import resource
 import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from statistics import median
+from typing import TYPE_CHECKING
 
-import grpc
+from rich.progress import track
+
+from bench import report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-T = TypeVar("T")
-BUILD = Path(__file__).parent / "build"
-CASES = ("1x1", "32x1", "1x32")
-"""Connections x calls in flight on each."""
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-INSTALL = (
-    "On Debian or Ubuntu: apt-get install nghttp2-client wrk gcc libc6-dev libssl-dev"
-)
-EDGE_S = 0.2
-"""CPU is read this long after the start and before the end of the measured time."""
+    import torch
+
+ARMS = ("mapped", "read", "ztserve")
+TENSOR_MIB = 16
+PAGE = 4096
+RUN_S = 300
+GOALS = {"cold": ("mapped", 1.15), "warm": ("read", 1.0)}
 
 
-class LoadError(Exception):
-    """The load generator is missing or failed, or the server did not answer well."""
+def make(folder: Path, mib: int, files: int) -> None:
+    """Write a signed model of `mib` MiB in so many files, and its trust policy."""
+    import numpy as np
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from safetensors.numpy import save_file
 
+    from ztserve.artifacts.publish import SigningKey, release_model, sign_model
+    from ztserve.artifacts.statements.keys import public_pem
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to serve the model, as a load generator sees it."""
-
-    name: str
-    protocol: Literal["grpc", "http"]
-    address: str
-    path: str
-    body: str
-    """The message as hexadecimal digits (JSON has no bytes); unframed."""
-    reply_bytes: int
-    """Fewest bytes of a good answer's body: tells answers from refusals."""
-    pids: tuple[int, ...]
-    """Every server process on the way of a request; their children count too."""
-    headers: tuple[str, ...] = ()
-    cert: str = ""
-    """PEM chain and key of the client; empty: plain text, no TLS."""
-    key: str = ""
-
-    @property
-    def url(self) -> str:
-        """Where the generators send their calls."""
-        return f"{'https' if self.cert else 'http'}://{self.address}{self.path}"
-
-    def takes(self, case: str) -> bool:
-        """Return whether this arm can run `case`: HTTP/1.1 carries one call a time."""
-        return self.protocol == "grpc" or case.endswith("x1")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one measured window showed."""
-
-    rps: float
-    p50_ms: float
-    p99_ms: float
-    cpu_ms: float
-    """Server CPU time per request, user and system, over all its processes."""
-    client_cpu_ms: float
-    others: float
-    """Cores kept busy by processes that are neither server nor load generator."""
-
-
-def require_tools() -> None:
-    """Raise LoadError if a program that the bench needs is not installed."""
-    missing = [tool for tool in ("h2load", "wrk", "cc") if not shutil.which(tool)]
-    if missing:
-        raise LoadError(f"not installed: {', '.join(missing)}. {INSTALL}")
-
-
-def build_shim() -> Path:
-    """Compile the client-certificate shim, once per change of its source."""
-    source = Path(__file__).parent / "tls_client_cert.c"
-    shim = BUILD / "tls_client_cert.so"
-    if not shim.exists() or shim.stat().st_mtime < source.stat().st_mtime:
-        BUILD.mkdir(exist_ok=True)
-        command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(shim), str(source)]
-        done = subprocess.run([*command, "-ldl"], check=False)
-        if done.returncode:
-            raise LoadError(f"{source.name} did not compile. {INSTALL}")
-    return shim
-
-
-def grpc_frame(message: bytes) -> bytes:
-    """Return `message` as gRPC puts it on the wire: flag, length, bytes."""
-    return struct.pack(">BI", 0, len(message)) + message
-
-
-def family(pids: Sequence[int]) -> set[int]:
-    """Return `pids` and all their descendants that live now."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found: set[int] = set()
-    waiting = list(pids)
-    while waiting:
-        pid = waiting.pop()
-        if pid not in found:
-            found.add(pid)
-            waiting += children.get(pid, [])
-    return found
-
-
-def cpu_s(pids: Sequence[int]) -> float:
-    """Return the CPU seconds of `pids` and all their descendants, ended ones too.
-
-    Raises LoadError if one of `pids` is gone: a server that died was not measured.
-    """
-    ticks = 0
-    for pid in family(pids):
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError as error:
-            if pid in pids:
-                raise LoadError(f"server process {pid} is gone") from error
-            continue
-        ticks += sum(int(field) for field in fields[11:15])
-    return ticks * TICK_S
-
-
-def busy_s() -> float:
-    """Return the CPU seconds that the whole machine has spent working."""
-    fields = [int(f) for f in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
-    user, nice, system, _idle, _iowait, irq, softirq = fields[:7]
-    return (user + nice + system + irq + softirq) * TICK_S
-
-
-def patiently(ask: Callable[[], T]) -> T:
-    """Ask until there is an answer: proxies learn of a deployment a little later."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return ask()
-        except (OSError, HTTPException, grpc.RpcError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
-def run(arm: Arm, case: str, seconds: int) -> Sample:
-    """Load `arm` for `seconds`; raise LoadError unless all calls went well."""
-    connections, streams = map(int, case.split("x"))
-    with tempfile.TemporaryDirectory(prefix="ztserve-bench-") as scratch:
-        if arm.protocol == "grpc":
-            return _h2load(arm, connections, streams, seconds, Path(scratch))
-        return _wrk(arm, connections, seconds, Path(scratch))
-
-
-def _h2load(
-    arm: Arm, connections: int, streams: int, seconds: int, scratch: Path
-) -> Sample:
-    body, log = scratch / "body", scratch / "log"
-    body.write_bytes(grpc_frame(bytes.fromhex(arm.body)))
-    command = ["h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-D{seconds}"]
-    command += [f"-d{body}", f"--log-file={log}"]
-    for header in ("content-type: application/grpc", "te: trailers", *arm.headers):
-        command += ["-H", header]
-    watched = _watch(arm, [*command, arm.url], seconds)
-    lost = _find(r"(\d+ failed, \d+ errored, \d+ timeout)", watched.output, arm)
-    # Columns: start (us since the epoch), HTTP status, us until the end.
-    rows = [line.split("\t") for line in log.read_text().splitlines()]
-    bad = sum(row[1] != "200" for row in rows)
-    # A gRPC refusal is a 200 without a body, so count the bytes as well.
-    sent = int(_find(r"\((\d+)\) data", watched.output, arm))
-    short = sent < len(rows) * (5 + arm.reply_bytes)
-    if bad or short or not rows or lost != "0 failed, 0 errored, 0 timeout":
-        raise LoadError(
-            f"{arm.name}: of {len(rows)} calls {bad} had no status 200 ({lost}), and "
-            f"{sent} bytes came back where a good answer has {5 + arm.reply_bytes}"
+    model, random = folder / "model", np.random.default_rng(files)
+    model.mkdir(parents=True)
+    names = [f"layer{n}" for n in range(mib // TENSOR_MIB)]
+    for index in range(files):
+        save_file(
+            {
+                name: random.integers(0, 255, TENSOR_MIB << 20, np.uint8)
+                for name in names[index::files]
+            },
+            model / f"model-{index + 1:05}-of-{files:05}.safetensors",
         )
-    times = sorted(int(row[2]) / 1e3 for row in rows)
-    return watched.sample(
-        len(rows) / seconds, times[len(times) // 2], times[len(times) * 99 // 100]
+    key = ec.generate_private_key(ec.SECP256R1())
+    sign_model(model, SigningKey(key), name="m")
+    release_model(model, SigningKey(key), name="m", version="1")
+    policy = folder / "trust.toml"
+    policy.write_text(
+        'version = 1\n[[signers]]\nname = "both"\nroles = ["trainer", "deployer"]\n'
+        f'key = """{public_pem(key.public_key()).decode()}"""\n'
     )
+    policy.chmod(0o644)
+    os.sync()
 
 
-_WRK_SCRIPT = """
-local file = io.open("{body}", "rb")
-wrk.method = "POST"
-wrk.body = file:read("*a")
-{headers}
-done = function(summary, latency, requests)
-  local e = summary.errors
-  io.write(string.format(
-    '\\nRESULT {{"rps": %f, "p50": %f, "p99": %f, "bad": %d, "short": %s}}\\n',
-    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout,
-    tostring(summary.bytes < summary.requests * {reply_bytes})))
-end
-"""
+def loader(arm: str, folder: Path) -> Callable[[], Iterator[torch.Tensor]]:
+    """Return what loads the model and gives its tensors; all is imported before."""
+    from safetensors.torch import load_file
+
+    from ztserve.artifacts import TrustPolicy, verify_model
+
+    model = folder / "model"
+
+    def verified() -> Iterator[torch.Tensor]:
+        trust = TrustPolicy.load(folder / "trust.toml")
+        for _, tensor in verify_model(model, "m:1", trust).tensors():
+            yield tensor
+
+    def unverified() -> Iterator[torch.Tensor]:
+        backend = "mmap" if arm == "mapped" else "pread"
+        for file in sorted(model.glob("*.safetensors")):
+            yield from load_file(file, backend=backend).values()
+
+    return verified if arm == "ztserve" else unverified
 
 
-def _wrk(arm: Arm, connections: int, seconds: int, scratch: Path) -> Sample:
-    body, script = scratch / "body", scratch / "post.lua"
-    body.write_bytes(bytes.fromhex(arm.body))
-    pairs = [header.split(": ", 1) for header in arm.headers]
-    headers = "\n".join(f'wrk.headers["{name}"] = "{v}"' for name, v in pairs)
-    parts = {"body": body, "headers": headers, "reply_bytes": arm.reply_bytes}
-    script.write_text(_WRK_SCRIPT.format(**parts))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"-s{script}"]
-    watched = _watch(arm, [*command, arm.url], seconds)
-    result = json.loads(_find(r"RESULT (.*)", watched.output, arm))
-    if result["bad"] or result["short"] or not result["rps"]:
-        raise LoadError(
-            f"{arm.name}: {result['bad']} calls failed"
-            f"{', or were short' * result['short']}:\n{watched.output}"
-        )
-    return watched.sample(result["rps"], result["p50"], result["p99"])
+def load_once(arm: str, folder: Path) -> None:
+    """Load, touch every page, and print the seconds and the memory that it took."""
+    load = loader(arm, folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    tensors = list(load())
+    touched = sum(int(one[::PAGE].sum()) for one in tensors)
+    seconds = time.perf_counter() - began
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"s": seconds, "kib": grown, "touched": touched}))
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """What one run of a generator printed, and CPU seconds while it was loading."""
-
-    output: str
-    wall_s: float
-    server_s: float
-    client_s: float
-    machine_s: float
-
-    def sample(self, rps: float, p50_ms: float, p99_ms: float) -> Sample:
-        requests = rps * self.wall_s
-        others = self.machine_s - self.server_s - self.client_s
-        return Sample(
-            rps=rps,
-            p50_ms=p50_ms,
-            p99_ms=p99_ms,
-            cpu_ms=self.server_s * 1e3 / requests,
-            client_cpu_ms=self.client_s * 1e3 / requests,
-            others=max(0.0, others / self.wall_s),
-        )
+def run(arm: str, folder: Path, state: str) -> tuple[float, float, int]:
+    """Run one load in a process of its own; return seconds, KiB and the sum."""
+    for path in (folder / "model").iterdir():
+        with path.open("rb") as file:
+            if state == "cold":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 24):
+                    pass
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load", "--once", arm, "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    return told["s"], told["kib"], told["touched"]
 
 
-def _watch(arm: Arm, command: list[str], seconds: int) -> _Watched:
-    """Run `command` for `seconds`; read the CPU clocks shortly after and before."""
-    env = {"PATH": os.environ["PATH"]}
-    if arm.cert:
-        env |= {"LD_PRELOAD": str(build_shim())}
-        env |= {"CLIENT_CERT": arm.cert, "CLIENT_KEY": arm.key}
-    readings = []
-    with tempfile.TemporaryFile("w+") as output:
-        with subprocess.Popen(
-            command, env=env, stdout=output, stderr=subprocess.STDOUT
-        ) as process:
-            for pause in (EDGE_S, seconds - 2 * EDGE_S):
-                time.sleep(pause)
-                client = [process.pid] if process.poll() is None else []
-                clocks = (cpu_s(arm.pids), cpu_s(client), busy_s())
-                readings.append((time.monotonic(), *clocks))
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        raise LoadError(f"{arm.name}: {' '.join(command)} failed:\n{text[-2000:]}")
-    first, last = readings
-    wall, server, client_s, machine = (b - a for a, b in zip(first, last, strict=True))
-    return _Watched(text, wall, server, client_s, machine)
+def measure(mib: int, rounds: int) -> list[report.Row]:
+    """Return all figures; raises ValueError where two arms loaded other bytes."""
+    rows: list[report.Row] = []
+    with tempfile.TemporaryDirectory(prefix="ztserve-bench-") as place:
+        for files in (1, 4):
+            make(Path(place, str(files)), mib, files)
+        cases = [(files, state) for files in (1, 4) for state in ("cold", "warm")]
+        taken: dict[tuple[int, str, str], list[tuple[float, float, int]]] = {}
+        turns = [(n, *case) for n in range(rounds) for case in cases]
+        for turn, files, state in track(turns, "loading", transient=True):
+            for arm in ARMS[:: 1 if turn % 2 else -1]:
+                one = run(arm, Path(place, str(files)), state)
+                taken.setdefault((files, state, arm), []).append(one)
+        for files, state in cases:
+            if len({one[2] for arm in ARMS for one in taken[files, state, arm]}) != 1:
+                raise ValueError("the arms did not load the same bytes")
+            for arm in ARMS:
+                seconds = [one[0] for one in taken[files, state, arm]]
+                peak = median(one[1] for one in taken[files, state, arm]) / (mib << 10)
+                case = f"{files} file{'s' * (files > 1)}, {state}"
+                for metric, value, unit in (
+                    ("median", median(seconds), "s"),
+                    ("least", min(seconds), "s"),
+                    ("most", max(seconds), "s"),
+                    ("peak", peak, "of the model"),
+                ):
+                    rows.append(
+                        {
+                            "arm": arm,
+                            "case": case,
+                            "metric": metric,
+                            "value": value,
+                            "unit": unit,
+                        }
+                    )
+    return rows
 
 
-def _find(pattern: str, text: str, arm: Arm) -> str:
-    match = re.search(pattern, text)
-    if not match:
-        raise LoadError(
-            f"{arm.name}: no {pattern!r} in the generator's output:\n{text}"
-        )
-    return match[1]
+def show(rows: Sequence[report.Row], mib: int) -> None:
+    """Print a table, each case beside the arm that it is to be held against."""
+    found = {(row["case"], row["arm"], row["metric"]): row["value"] for row in rows}
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    table = []
+    for case in cases:
+        base, goal = GOALS[case.rpartition(" ")[2]]
+        for arm in ARMS:
+            value = {
+                m: found[case, arm, m] for m in ("median", "least", "most", "peak")
+            }
+            ratio = value["median"] / found[case, base, "median"]
+            table.append(
+                (
+                    case,
+                    arm,
+                    report.number(value["median"]),
+                    f"{report.number(value['least'])}..{report.number(value['most'])}",
+                    f"{mib / 1024 / value['median']:.2f}",
+                    f"{value['peak']:.2f}",
+                    f"{ratio:.2f}x {base}"
+                    + (f" (goal {goal})" if arm == "ztserve" else ""),
+                )
+            )
+    columns = ("case", "arm", "s", "min..max", "GiB/s", "peak memory", "ratio")
+    report.show(f"{mib} MiB of weights", columns, table)
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.load",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--mib", type=int, default=1024, help="of weights")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="64 MiB, one round")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--once", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.once:
+        load_once(chosen.once, chosen.folder)
+        return
+    print("\n".join(report.machine()))
+    mib, rounds = (64, 1) if chosen.quick else (chosen.mib, chosen.rounds)
+    rows = measure(mib, rounds)
+    show(rows, mib)
+    if chosen.json:
+        report.write(chosen.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from bench.load import LoadError
+from bench.generators import LoadError
 from bench.session import free_port
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-from bench.load import LoadError
+from bench.generators import LoadError
 from bench.oip import STREAM
 from bench.question import Question
 from ztserve import ModelRef, TextSpec, VerifiedModel, ZTDeployment

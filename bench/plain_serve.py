@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import torch
 
-from bench.load import LoadError
+from bench.generators import LoadError
 from bench.oip import INFER, add_servicer
 from bench.question import Question
 from ztserve.transport.v1.inference_pb2 import ModelInferRequest, ModelInferResponse

@@ -37,7 +37,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from bench import report
-from bench.load import (
+from bench.generators import (
     CASES,
     Arm,
     LoadError,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from bench.load import Arm, LoadError, patiently
+from bench.generators import Arm, LoadError, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

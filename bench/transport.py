@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench import nginx, report
-from bench.load import CASES, Arm, LoadError, build_shim, require_tools
+from bench.generators import CASES, Arm, LoadError, build_shim, require_tools
 from bench.request import UNITS, Samples, measure, summary
 from ztserve.errors import ZTServeError
 from ztserve.types import Reply

@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from safetensors.torch import save_file
 
-from bench.load import Arm, LoadError, patiently
+from bench.generators import Arm, LoadError, patiently
 from bench.plain_serve import ROW, judge, network
 
 if TYPE_CHECKING:

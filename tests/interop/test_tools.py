@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
-from bench.load import LoadError, build_shim
+from bench.generators import LoadError, build_shim
 from tests.interop import service
 from tests.interop.cases import GIVE, UNARY, simple, size_of, streamed
 from tests.interop.drivers import Sync

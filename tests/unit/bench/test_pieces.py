@@ -3,7 +3,7 @@
 import pytest
 
 from bench import pieces
-from bench.load import LoadError
+from bench.generators import LoadError
 from ztserve.transport import codec
 from ztserve.transport.v1 import inference_pb2 as pb
 from ztserve.types import Reply, Tensor

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench import report, request
-from bench.load import (
+from bench.generators import (
     CASES,
     Arm,
     LoadError,
