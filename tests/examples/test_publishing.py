@@ -73,7 +73,7 @@ def test_without_keys_it_says_what_to_run_first(tmp_path):
 
 @pytest.mark.parametrize(
     "modules",
-    [("digits",), ("chat", "transformer"), ("pipeline",)],
+    [("digits",), ("chat", "transformer"), ("pipeline",), ("llama",)],
     ids=lambda modules: modules[0],
 )
 def test_an_example_has_at_most_eighty_lines_of_code(modules):
