@@ -1,3 +1,4 @@
+import base64
 import json
 import stat
 
@@ -147,6 +148,47 @@ def test_the_default_keys_are_those_of_the_project(ztserve, project, weights):
     done = ztserve("sign", weights)
     assert done.code == 2
     assert "keys/trainer.pem: cannot be read" in done.err
+
+
+def signed_as(weights):
+    bundle = json.loads((weights / "model.sig").read_bytes())
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    said = statement["predicate"]["serialization"]
+    return said["method"], said["hash_type"], said.get("shard_size")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], ("files", "sha256", None)),
+        (["--hash", "blake3"], ("files", "blake3", None)),
+        (["--method", "shards"], ("shards", "sha256", 64 << 20)),
+        (["--shard-size", "4MiB"], ("shards", "sha256", 4 << 20)),
+        (["--method", "shards", "--shard-size", "100"], ("shards", "sha256", 100)),
+        (["--method", "files"], ("files", "sha256", None)),
+    ],
+)
+def test_sign_hashes_as_it_is_told(ztserve, project, weights, words, said):
+    assert ztserve("sign", weights, *words).code == 0
+    assert signed_as(weights) == said
+    assert ztserve("verify", "d:1", "--from", weights, "--for", "deploy").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--shard-size", "4MB"], "--shard-size '4MB': expected bytes, or a number"),
+        (["--shard-size", "0"], "--shard-size '0': expected bytes"),
+        (["--shard-size", "-1"], "--shard-size '-1': expected bytes"),
+        (["--shard-size", "9999999GiB"], "expected a whole number of bytes from 1 to"),
+        (["--method", "files", "--shard-size", "8"], "belongs to --method shards"),
+    ],
+)
+def test_sign_says_what_it_cannot_hash(ztserve, project, weights, words, complaint):
+    done = ztserve("sign", weights, *words)
+    assert done.code == 2
+    assert complaint in done.err
+    assert not (weights / "model.sig").exists()
 
 
 def test_sign_names_a_directory_that_is_not_there(ztserve, project):

@@ -5,30 +5,50 @@ after (or while) it is read changes nothing that was verified. A mapping of the 
 itself would follow such changes, even a private one.
 """
 
-import hashlib
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ztserve.artifacts.registry.protocol import Reader
+from ztserve.artifacts.statements.serialization import (
+    WHOLE_FILES,
+    Serialization,
+    Span,
+)
 from ztserve.errors import RegistryError, VerificationError
 
 _CHUNK = 2 << 20
 """Bytes read and then hashed while they are still in the processor's cache."""
 _HUGE = 4 << 20
 """From this size on, huge pages are asked for: small ones cost more than the read."""
+_PIECE = 32 << 20
+"""Bytes that a thread takes at once of a file in shards: it opens the file for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """The content of one file in private memory, and its digest."""
+    """The content of one file in private memory, and its digests."""
 
     view: memoryview
-    sha256: str
-    """Hex digits."""
+    digests: tuple[str, ...]
+    """Hex digits: of the whole file, or of each of its shards in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Spans of one file that one thread reads, one after the other."""
+
+    name: str
+    view: memoryview
+    """The memory of the whole file."""
+    spans: list[Span]
+
+    @property
+    def size(self) -> int:
+        return self.spans[-1][1] - self.spans[0][0]
 
 
 def physical_memory() -> int:
@@ -40,12 +60,18 @@ def read_all(
     open_file: Callable[[str], Reader],
     sizes: Mapping[str, int],
     *,
+    serialization: Serialization = WHOLE_FILES,
     max_bytes: int | None = None,
 ) -> dict[str, Buffer]:
-    """Read the files named in `sizes`, a thread each, as many as there are cores.
+    """Read the files named in `sizes` and hash them as `serialization` says.
+
+    As many threads as there are cores, each at a file of its own; where files are in
+    shards, each at some shards, so that also one big file keeps them all busy.
+    `open_file` is called once for each such piece, and no Reader is used by two.
 
     Refuses before reading where they need more than `max_bytes` together (default:
-    the machine's memory). Raises RegistryError, or what `open_file` raises.
+    the machine's memory). Raises RegistryError, VerificationError, or what
+    `open_file` raises.
     """
     limit = physical_memory() if max_bytes is None else max_bytes
     total = sum(sizes.values())
@@ -54,33 +80,69 @@ def read_all(
             f"the model's files need {total} bytes of memory, more than the limit "
             f"of {limit}"
         )
-    largest_first = sorted(sizes, key=lambda name: -sizes[name])
+    serialization.new_hash()  # where it is not installed: before the memory is taken
+    views = {name: _private_memory(size) for name, size in sizes.items()}
+    pieces = [
+        _Piece(name, view, spans)
+        for name, view in views.items()
+        for spans in _shares(serialization.spans(len(view)))
+    ]
+    digests: dict[str, list[str]] = {name: [] for name in sizes}
+    _read_pieces(open_file, pieces, serialization, digests)
+    return {name: Buffer(views[name], tuple(digests[name])) for name in sizes}
+
+
+def _shares(spans: list[Span]) -> Iterator[list[Span]]:
+    """Cut a file's spans into lists of at least `_PIECE` bytes, but for the last."""
+    share: list[Span] = []
+    for span in spans:
+        share.append(span)
+        if span[1] - share[0][0] >= _PIECE:
+            yield share
+            share = []
+    if share:
+        yield share
+
+
+def _read_pieces(
+    open_file: Callable[[str], Reader],
+    pieces: list[_Piece],
+    serialization: Serialization,
+    digests: dict[str, list[str]],
+) -> None:
+    """Read all pieces, the largest first; add each file's digests in order."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1, "ztserve-artifacts")
     try:
         reads = {
-            name: pool.submit(_read, open_file, name, sizes[name])
-            for name in largest_first
+            number: pool.submit(_read, open_file, pieces[number], serialization)
+            for number in sorted(range(len(pieces)), key=lambda n: -pieces[n].size)
         }
-        return {name: read.result() for name, read in reads.items()}
+        for number, piece in enumerate(pieces):
+            digests[piece.name].extend(reads[number].result())
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(open_file: Callable[[str], Reader], name: str, size: int) -> Buffer:
-    digest = hashlib.sha256()
-    with open_file(name) as reader:
-        if reader.size != size:
+def _read(
+    open_file: Callable[[str], Reader], piece: _Piece, serialization: Serialization
+) -> list[str]:
+    """Read a piece into its place; return the digest of each of its spans."""
+    digests = []
+    with open_file(piece.name) as reader:
+        if reader.size != len(piece.view):
             raise VerificationError(
-                f"{name!r} has {reader.size} bytes where the registry listed {size}"
+                f"{piece.name!r} has {reader.size} bytes where the registry listed "
+                f"{len(piece.view)}"
             )
-        view = _private_memory(size)
-        offset = 0
-        while offset < size:
-            end = min(offset + _CHUNK, size)
-            read = _read_into(reader, view[offset:end], offset, name)
-            digest.update(view[offset : offset + read])
-            offset += read
-    return Buffer(view, digest.hexdigest())
+        for offset, end in piece.spans:
+            digest = serialization.new_hash()
+            while offset < end:
+                view = piece.view[offset : min(offset + _CHUNK, end)]
+                read = _read_into(reader, view, offset, piece.name)
+                digest.update(view[:read])
+                offset += read
+            digests.append(digest.hexdigest())
+    return digests
 
 
 def _read_into(reader: Reader, view: memoryview, offset: int, name: str) -> int:

@@ -15,9 +15,11 @@ from ztserve.artifacts.statements.manifest import (
     RELEASE_FILE,
     SIGNATURE_FILE,
     Manifest,
+    SignedFile,
     parse_manifest,
 )
 from ztserve.artifacts.statements.release import Release, check_release, parse_release
+from ztserve.artifacts.statements.serialization import Serialization
 from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.artifacts.trust.signers import SignedBy
 from ztserve.errors import VerificationError
@@ -42,7 +44,7 @@ def verify_model(
     4. a deployer whom the policy trusts now released this very manifest under the
        name, and the version, that were asked for;
     5. the registry has the signed files and no other (a closed world), none of a
-       kind that can run;
+       kind that can run, each of its signed size where shards tell it;
     6. every file, read once into private memory, has its signed digest;
     7. what is in the files is data: safetensors in bounds, no pickles, no code;
     8. only now does anything of the model become reachable.
@@ -77,9 +79,13 @@ def verify_model(
     listed = registry.files(found)
     check_closed(manifest, listed)
     check_suffixes(listed)
+    check_sizes(manifest, listed)
     # 6.
     buffers = read_all(
-        lambda name: registry.open(found, name), listed, max_bytes=max_bytes
+        lambda name: registry.open(found, name),
+        listed,
+        serialization=manifest.serialization,
+        max_bytes=max_bytes,
     )
     check_digests(manifest, buffers)
     # 7.
@@ -140,11 +146,36 @@ def check_closed(manifest: Manifest, listed: Mapping[str, int]) -> None:
         )
 
 
-def check_digests(manifest: Manifest, buffers: Mapping[str, Buffer]) -> None:
-    """Raise VerificationError unless every file has its signed digest."""
+def check_sizes(manifest: Manifest, listed: Mapping[str, int]) -> None:
+    """Raise VerificationError where a file has not its signed size.
+
+    Before anything is read: shards of a lying registry's size would have no end.
+    """
     for name, signed in manifest.files.items():
-        if buffers[name].sha256 != signed:
+        if signed.size is not None and listed[name] != signed.size:
             raise VerificationError(
-                f"{name!r} was changed after signing: its SHA-256 is "
-                f"{buffers[name].sha256}, signed was {signed}"
+                f"{name!r} was changed after signing: it has {listed[name]} bytes, "
+                f"its signed shards have {signed.size}"
             )
+
+
+def check_digests(manifest: Manifest, buffers: Mapping[str, Buffer]) -> None:
+    """Raise VerificationError unless every file, or shard, has its signed digest."""
+    for name, signed in manifest.files.items():
+        if buffers[name].digests != signed.digests:
+            raise VerificationError(
+                f"{name!r} was changed after signing: "
+                + _first_change(manifest.serialization, signed, buffers[name])
+            )
+
+
+def _first_change(how: Serialization, signed: SignedFile, buffer: Buffer) -> str:
+    if len(buffer.digests) != len(signed.digests):
+        return f"it has {len(buffer.digests)} shards, signed were {len(signed.digests)}"
+    rows = zip(how.spans(len(buffer.view)), buffer.digests, signed.digests, strict=True)
+    (start, end), found, expected = next(row for row in rows if row[1] != row[2])
+    title = how.hash_type.replace("sha", "SHA-").replace("blake", "BLAKE")
+    what = (
+        f"the {title} of its bytes {start} to {end}" if signed.size else f"its {title}"
+    )
+    return f"{what} is {found}, signed was {expected}"

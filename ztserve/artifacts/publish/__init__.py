@@ -7,6 +7,8 @@ that serving never sees. Nothing that serves imports it.
 from ztserve.artifacts.publish.keys import NewKey, SigningKey, load_signer, new_key
 from ztserve.artifacts.publish.registry import publish, set_alias
 from ztserve.artifacts.publish.signing import (
+    SHARD_BYTES,
+    choose_serialization,
     model_statement,
     release_model,
     release_statement,
@@ -15,8 +17,10 @@ from ztserve.artifacts.publish.signing import (
 )
 
 __all__ = [
+    "SHARD_BYTES",
     "NewKey",
     "SigningKey",
+    "choose_serialization",
     "load_signer",
     "model_statement",
     "new_key",

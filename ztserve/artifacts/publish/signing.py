@@ -12,7 +12,11 @@ from pathlib import Path, PurePosixPath
 
 from ztserve.artifacts.loading.buffers import Buffer, read_all
 from ztserve.artifacts.loading.content import check_contents, check_suffixes
-from ztserve.artifacts.loading.loader import check_closed, check_digests
+from ztserve.artifacts.loading.loader import (
+    check_closed,
+    check_digests,
+    check_sizes,
+)
 from ztserve.artifacts.publish.atomic import replace
 from ztserve.artifacts.publish.keys import SigningKey
 from ztserve.artifacts.registry.directory import DirectoryRegistry, model_files
@@ -20,6 +24,7 @@ from ztserve.artifacts.registry.files import open_file
 from ztserve.artifacts.statements.envelope import STATEMENT_TYPE, parse_envelope
 from ztserve.artifacts.statements.manifest import (
     IGNORABLE,
+    MAX_RESOURCES,
     PREDICATE_TYPE,
     RELEASE_FILE,
     SIGNATURE_FILE,
@@ -30,9 +35,18 @@ from ztserve.artifacts.statements.manifest import (
 )
 from ztserve.artifacts.statements.release import PREDICATE_TYPE as RELEASE_TYPE
 from ztserve.artifacts.statements.release import check_name
+from ztserve.artifacts.statements.serialization import (
+    WHOLE_FILES,
+    HashType,
+    Serialization,
+    parse_shard_name,
+)
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.trust.policy import POLICY_TYPE
 from ztserve.errors import ConfigError, VerificationError
+
+SHARD_BYTES = 64 << 20
+SHARDS_FROM_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +59,87 @@ class SignedDirectory:
 
 
 def sign_model(
-    directory: str | os.PathLike[str], signer: SigningKey, *, name: str | None = None
+    directory: str | os.PathLike[str],
+    signer: SigningKey,
+    *,
+    name: str | None = None,
+    serialization: Serialization | None = None,
 ) -> Path:
     """Sign all files of a directory; return the path of the signature (model.sig).
 
     An OpenSSF Model Signing v1.0 bundle; `name` (default: the directory's) is for
-    people and is part of the model's identity. Replaces an older signature, and
+    people and is part of the model's identity. `serialization` (default: SHA-256, see
+    `choose_serialization`) says what is hashed. Replaces an older signature, and
     removes the release of another manifest. Raises VerificationError on a file that
     could not be served, RegistryError where the directory cannot be read.
     """
     root = Path(directory)
     sizes = model_files(root)
+    how = choose_serialization(sizes) if serialization is None else serialization
     try:
         check_names(sizes)
+        check_shards(sizes, how)
     except Malformed as error:
         raise VerificationError(f"{root} cannot be signed: {error}") from error
     check_suffixes(sizes)
-    buffers = read_all(lambda file: open_file(root, file), sizes)
+    buffers = read_all(lambda file: open_file(root, file), sizes, serialization=how)
     check_contents({file: buffer.view for file, buffer in buffers.items()})
-    statement = model_statement(
-        root.resolve().name if name is None else name,
-        {file: buffer.sha256 for file, buffer in buffers.items()},
+    bundle = signer.envelope(
+        model_statement(
+            root.resolve().name if name is None else name,
+            _resources(buffers, how),
+            serialization=how,
+        )
     )
+    parse_manifest(parse_envelope(bundle, what=SIGNATURE_FILE))  # else nobody reads it
     (root / RELEASE_FILE).unlink(missing_ok=True)
-    replace(root / SIGNATURE_FILE, signer.envelope(statement))
+    replace(root / SIGNATURE_FILE, bundle)
     return root / SIGNATURE_FILE
+
+
+def choose_serialization(
+    sizes: Mapping[str, int], hash_type: HashType = "sha256"
+) -> Serialization:
+    """Return how files of these sizes in bytes load fastest.
+
+    Shards of `SHARD_BYTES` where a file is larger than `SHARDS_FROM_BYTES`, so that
+    all cores hash it; whole files else, and where one is empty (it has no shard).
+    """
+    large = any(size > SHARDS_FROM_BYTES for size in sizes.values())
+    sharded = large and all(sizes.values())
+    return Serialization(hash_type, SHARD_BYTES if sharded else None)
+
+
+def check_shards(sizes: Mapping[str, int], serialization: Serialization) -> None:
+    """Raise Malformed where a file would have no shard, or all of them too many.
+
+    An empty file is in no manifest of shards: it could come and go unnoticed.
+    """
+    step = serialization.shard_size
+    if step is None:
+        return
+    empty = sorted(name for name, size in sizes.items() if size == 0)
+    if empty:
+        raise Malformed(
+            f"{empty[0]!r} is empty, and an empty file has no shard that could be "
+            "signed: remove it, or sign with method 'files'"
+        )
+    shards = sum(-(-size // step) for size in sizes.values())
+    if shards > MAX_RESOURCES:
+        raise Malformed(
+            f"{shards} shards of {step} bytes; the limit is {MAX_RESOURCES}: sign "
+            "with a larger shard size"
+        )
+
+
+def _resources(buffers: Mapping[str, Buffer], how: Serialization) -> dict[str, str]:
+    return {
+        how.resource(file, span): digest
+        for file, buffer in buffers.items()
+        for span, digest in zip(
+            how.spans(len(buffer.view)), buffer.digests, strict=True
+        )
+    }
 
 
 def release_model(
@@ -109,33 +179,58 @@ def read_signed(root: Path) -> SignedDirectory:
     listed = model_files(root)
     check_closed(manifest, listed)
     check_suffixes(listed)
-    buffers = read_all(lambda file: open_file(root, file), listed)
+    check_sizes(manifest, listed)
+    buffers = read_all(
+        lambda file: open_file(root, file),
+        listed,
+        serialization=manifest.serialization,
+    )
     check_digests(manifest, buffers)
     check_contents({file: buffer.view for file, buffer in buffers.items()})
     return SignedDirectory(manifest, signature, buffers)
 
 
-def model_statement(name: str, files: Mapping[str, str]) -> bytes:
-    """Return the in-toto statement over files (name to hex SHA-256) to be signed.
+def model_statement(
+    name: str,
+    resources: Mapping[str, str],
+    *,
+    serialization: Serialization = WHOLE_FILES,
+) -> bytes:
+    """Return the in-toto statement over a model's digests, to be signed.
 
-    Equal files and name give equal bytes, thus the same model identity.
+    `resources`: file, or ``file:start:end`` of a shard, to hex digest. Equal resources
+    and name give equal bytes, thus the same model identity.
     """
-    # The order of model-signing: by path components, not by characters.
-    ordered = sorted(files, key=lambda file: PurePosixPath(file).parts)
-    resources = [
-        {"name": file, "algorithm": "sha256", "digest": files[file]} for file in ordered
+    ordered = sorted(resources, key=lambda resource: _place(resource, serialization))
+    listed = [
+        {
+            "name": resource,
+            "algorithm": serialization.algorithms[0],
+            "digest": resources[resource],
+        }
+        for resource in ordered
     ]
+    shard_size = serialization.shard_size
     predicate = {
         "serialization": {
-            "method": "files",
-            "hash_type": "sha256",
+            "method": serialization.method,
+            "hash_type": serialization.hash_type,
             "allow_symlinks": False,
             "ignore_paths": sorted(IGNORABLE),
+            **({} if shard_size is None else {"shard_size": shard_size}),
         },
-        "resources": resources,
+        "resources": listed,
     }
-    root = root_digest(files[file] for file in ordered)
+    root = root_digest(resources[resource] for resource in ordered)
     return _statement(name, root, PREDICATE_TYPE, predicate)
+
+
+def _place(resource: str, how: Serialization) -> tuple[tuple[str, ...], int]:
+    """Return the order of model-signing: by path components, not by characters."""
+    if how.shard_size is None:
+        return PurePosixPath(resource).parts, 0
+    file, (start, _) = parse_shard_name(resource)
+    return PurePosixPath(file).parts, start
 
 
 def release_statement(name: str, version: str, digest: str) -> bytes:

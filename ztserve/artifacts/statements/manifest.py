@@ -16,6 +16,11 @@ from ztserve.artifacts.statements.envelope import (
     parse_statement,
     subject_digest,
 )
+from ztserve.artifacts.statements.serialization import (
+    Serialization,
+    parse_serialization,
+    parse_shard_name,
+)
 from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
@@ -34,9 +39,21 @@ IGNORABLE = SIGNATURE_FILES | {".git", ".gitattributes", ".github", ".gitignore"
 """What `ignore_paths` may list. Beside the two signature files nothing is in fact
 ignored: an unsigned ``.git`` is refused as any other unsigned file."""
 MAX_FILES = 10_000
+MAX_RESOURCES = 1 << 16
+"""Of shards; as many as the size of a bundle has room for."""
 MAX_DEPTH = 16
 _COMPONENT = re.compile(r"[A-Za-z0-9_+=@-][A-Za-z0-9_.+=@ -]{0,254}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedFile:
+    """One file of a model, as signed."""
+
+    digests: tuple[str, ...]
+    """Hex digits: of the whole file, or of each of its shards in order."""
+    size: int | None
+    """Bytes, where the manifest says so: only shards do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +62,39 @@ class Manifest:
 
     digest: str
     """``sha256:<hex>`` of the signed statement: the identity of the model."""
-    files: Mapping[str, str]
-    """File name (relative, ``/``-separated) to hex SHA-256 of its content."""
+    serialization: Serialization
+    files: Mapping[str, SignedFile]
+    """By name (relative, ``/``-separated)."""
 
 
 def parse_manifest(envelope: Envelope) -> Manifest:
     """Parse a (verified) envelope's statement; raises VerificationError."""
     try:
         subject, predicate = parse_statement(envelope, PREDICATE_TYPE)
-        _check_serialization(
-            as_object(get(predicate, "serialization", dict), "serialization")
+        node = as_object(get(predicate, "serialization", dict), "serialization")
+        serialization = parse_serialization(node)
+        check_ignored(node)
+        sharded = serialization.method == "shards"
+        limit = MAX_RESOURCES if sharded else MAX_FILES
+        digests = _parse_digests(
+            get_objects(predicate, "resources", limit=limit), serialization
         )
-        files = _parse_files(get_objects(predicate, "resources", limit=MAX_FILES))
-        if root_digest(files.values()) != subject_digest(subject):
+        files = _join(digests, serialization) if sharded else _whole(digests)
+        if len(files) > MAX_FILES:
+            raise Malformed(f"{len(files)} files; the limit is {MAX_FILES}")
+        check_names(files)
+        if root_digest(digests.values()) != subject_digest(subject):
             raise Malformed("the subject's digest is not that of the resources")
     except Malformed as error:
         raise VerificationError(f"{envelope.what}: {error}") from error
-    return Manifest(envelope.digest, MappingProxyType(files))
+    return Manifest(envelope.digest, serialization, MappingProxyType(files))
+
+
+def check_ignored(node: Object) -> None:
+    """Raise Malformed where the signer left files of the model unsigned."""
+    for path in get(node, "ignore_paths", list) if "ignore_paths" in node else []:
+        if path not in IGNORABLE:
+            raise Malformed(f"ignore_paths leaves {path!r} unsigned: sign every file")
 
 
 def root_digest(digests: Iterable[str]) -> str:
@@ -69,41 +102,65 @@ def root_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def _check_serialization(node: Object) -> None:
-    method, hashing = get(node, "method", str), get(node, "hash_type", str)
-    if method != "files":
-        raise Malformed(
-            f"serialization method {method!r} is not supported: sign with "
-            "method 'files'"
-        )
-    only(
-        node,
-        ("method", "hash_type", "allow_symlinks", "ignore_paths"),
-        "serialization",
-    )
-    if hashing != "sha256":
-        raise Malformed(f"hash_type {hashing!r} is not supported: sign with 'sha256'")
-    if get(node, "allow_symlinks", bool):
-        raise Malformed("allow_symlinks must be false: a link's target is not signed")
-    for path in get(node, "ignore_paths", list) if "ignore_paths" in node else []:
-        if path not in IGNORABLE:
-            raise Malformed(f"ignore_paths leaves {path!r} unsigned: sign every file")
-
-
-def _parse_files(resources: Collection[Object]) -> dict[str, str]:
-    files: dict[str, str] = {}
+def _parse_digests(
+    resources: Collection[Object], serialization: Serialization
+) -> dict[str, str]:
+    """Return the digests by the resources' names, in their order."""
+    digests: dict[str, str] = {}
     for resource in resources:
         only(resource, ("name", "algorithm", "digest"), "a resource")
         name, digest = get(resource, "name", str), get(resource, "digest", str)
-        if get(resource, "algorithm", str) != "sha256":
-            raise Malformed(f"the digest of {name!r} is not sha256")
+        if get(resource, "algorithm", str) not in serialization.algorithms:
+            expected = " or ".join(serialization.algorithms)
+            raise Malformed(f"the digest of {name!r} is not {expected}")
         if not _DIGEST.match(digest):
             raise Malformed(f"the digest of {name!r} is not 64 lower-case hex digits")
-        if name in files:
-            raise Malformed(f"the file {name!r} is listed twice")
-        files[name] = digest
-    check_names(files)
-    return files
+        if name in digests:
+            raise Malformed(f"{name!r} is listed twice")
+        digests[name] = digest
+    return digests
+
+
+def _whole(digests: Mapping[str, str]) -> dict[str, SignedFile]:
+    return {name: SignedFile((digest,), None) for name, digest in digests.items()}
+
+
+def _join(
+    digests: Mapping[str, str], serialization: Serialization
+) -> dict[str, SignedFile]:
+    """Put the shards of each file together: they cover it once, in order, to its end.
+
+    All have the size that the manifest declares, but the last, which may be shorter.
+    """
+    found: dict[str, list[str]] = {}
+    ends: dict[str, int] = {}
+    step = serialization.shard_size or 0
+    before = None
+    for name, digest in digests.items():
+        file, (start, end) = parse_shard_name(name)
+        if file != before and file in found:
+            raise Malformed(f"the shards of {file!r} do not stand together")
+        check_tile(name, (start, end), ends.get(file, 0), step)
+        found.setdefault(file, []).append(digest)
+        ends[file], before = end, file
+    return {
+        file: SignedFile(tuple(shards), ends[file]) for file, shards in found.items()
+    }
+
+
+def check_tile(name: str, span: tuple[int, int], covered: int, step: int) -> None:
+    """Raise Malformed unless a shard goes on where the `covered` bytes of a file end.
+
+    `step`: bytes of each shard; behind a shorter one there is no other.
+    """
+    start, end = span
+    if start != covered or start % step:
+        raise Malformed(
+            f"the shard {name!r} leaves a gap, overlaps or follows a short one: the "
+            f"shards before it end at byte {covered}, each has {step} bytes"
+        )
+    if not 0 < end - start <= step:
+        raise Malformed(f"the shard {name!r} has not 1 to {step} bytes")
 
 
 def check_names(names: Collection[str]) -> None:
