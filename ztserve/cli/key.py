@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from ztserve.artifacts import publish
+from ztserve.cli import signer
+from ztserve.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,17 +19,42 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="for the trust policy's entry; may be repeated (default: trainer)",
     )
     parser.add_argument("--name", help="of the signer (default: the file's)")
+    parser.add_argument("--curve", choices=publish.CURVES, default="P-256")
+    parser.add_argument(
+        "--passphrase-file",
+        type=Path,
+        help="encrypt the private key with the one line of this file (mode 0600)",
+    )
+    parser.add_argument(
+        "--ask-passphrase",
+        action="store_true",
+        help="encrypt the private key with a passphrase asked for on the terminal",
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Write both halves; print the entry of the trust policy."""
+    passphrase = _passphrase(chosen)
     made = publish.new_key(
         chosen.path,
         name=chosen.name or chosen.path.stem,
         roles=chosen.role or ["trainer"],
+        passphrase=passphrase,
+        curve=chosen.curve,
     )
-    print(f"private key  {made.private}  (keep it; mode 0600)")
+    sealed = "encrypted" if passphrase else "not encrypted: no passphrase"
+    print(f"private key  {made.private}  (keep it; mode 0600, {sealed})")
     print(f"public key   {made.public}")
     print(f"key id       {made.id}")
     print(f"\n# for the trust policy:\n{made.entry}", end="")
     return 0
+
+
+def _passphrase(chosen: argparse.Namespace) -> str | None:
+    if chosen.passphrase_file and chosen.ask_passphrase:
+        raise ConfigError("--passphrase-file and --ask-passphrase: one is enough")
+    if chosen.passphrase_file:
+        return publish.read_passphrase(chosen.passphrase_file)
+    if chosen.ask_passphrase:
+        return signer.ask_twice(f"new passphrase of {chosen.path}")
+    return None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ztserve import config
 from ztserve.artifacts import TrustPolicy, publish, verify_model
+from ztserve.cli import signer
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
 
@@ -13,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("directory", type=Path)
     parser.add_argument("model", help="name:version")
-    parser.add_argument("--key", type=Path, help="default: the development deployer's")
+    signer.arguments(parser, "the development deployer's")
     parser.add_argument("--registry", type=Path, help="default: ztserve.toml's")
     parser.add_argument(
         "--alias", action="append", help="may be repeated (default: production)"
@@ -28,8 +29,9 @@ def run(chosen: argparse.Namespace) -> int:
         raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
     trust = TrustPolicy.load(settings.artifacts.trust_policy)
     verify_model(chosen.directory, ref, trust, purpose="deploy")
-    signer = publish.load_signer(chosen.key or settings.state / "keys/deployer.pem")
-    publish.release_model(chosen.directory, signer, name=ref.name, version=ref.version)
+    path = chosen.key or settings.state / "keys/deployer.pem"
+    key = signer.load(path, chosen.passphrase_file)
+    publish.release_model(chosen.directory, key, name=ref.name, version=ref.version)
     model = publish.publish(
         chosen.directory,
         chosen.registry or settings.artifacts.registry,

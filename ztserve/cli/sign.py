@@ -14,6 +14,7 @@ from ztserve.artifacts.statements.serialization import (
     Serialization,
 )
 from ztserve.artifacts.statements.strict import Malformed
+from ztserve.cli import signer
 from ztserve.errors import ConfigError
 
 _SIZE = re.compile(r"([1-9][0-9]{0,15})(|KiB|MiB|GiB)\Z")
@@ -23,7 +24,7 @@ _UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--key", type=Path, help="default: the development trainer's")
+    signer.arguments(parser, "the development trainer's")
     parser.add_argument("--name", help="of the model, for people (default: directory)")
     parser.add_argument(
         "--method",
@@ -47,11 +48,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Write model.sig into the directory."""
     how = _serialization(chosen)
-    signer = publish.load_signer(chosen.key or config.load().state / "keys/trainer.pem")
+    path = chosen.key or config.load().state / "keys/trainer.pem"
+    key = signer.load(path, chosen.passphrase_file)
     print(
-        publish.sign_model(
-            chosen.directory, signer, name=chosen.name, serialization=how
-        )
+        publish.sign_model(chosen.directory, key, name=chosen.name, serialization=how)
     )
     return 0
 

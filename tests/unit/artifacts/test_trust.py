@@ -104,8 +104,11 @@ def public(key):
     [
         (public(ec.generate_private_key(ec.SECP256K1())), "curve key on secp256k1"),
         (public(ec.generate_private_key(ec.SECP224R1())), "curve key on secp224r1"),
-        (public(ed25519.Ed25519PrivateKey.generate()), "of kind Ed25519PublicKey"),
-        (public(rsa.generate_private_key(65537, 2048)), "of kind RSAPublicKey"),
+        (
+            public(ed25519.Ed25519PrivateKey.generate()),
+            "of kind Ed25519, which",
+        ),
+        (public(rsa.generate_private_key(65537, 2048)), "of kind RSA, which"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n", "is not a PEM public key"),
     ],
 )

@@ -1,8 +1,16 @@
 import base64
 import json
+import os
+import pty
+import re
 import stat
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from ztserve import config
 from ztserve.artifacts import TrustPolicy
@@ -19,6 +27,124 @@ def test_key_new_writes_both_halves_and_prints_the_entry(ztserve, empty):
     (signer,) = TrustPolicy.load(empty / "trust.toml").signers
     assert (signer.name, set(signer.roles)) == ("team", {"trainer", "evaluator"})
     assert "PRIVATE KEY" not in done.out
+
+
+SECRET = "correct horse battery"
+
+
+def secret(path, text=SECRET + "\n"):
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_a_key_with_a_passphrase_signs_and_publishes(ztserve, project, weights):
+    file, words = secret(project / "p"), ("--role", "trainer", "--role", "deployer")
+    done = ztserve("key", "new", "k.pem", *words, "--passphrase-file", file)
+    assert "mode 0600, encrypted)" in done.out
+    assert "ENCRYPTED" in (project / "k.pem").read_text()
+    entry = done.out.partition("# for the trust policy:\n")[2]
+    entry = entry.replace("k.pub", str(project / "k.pub"))
+    (project / ".ztserve/trust.toml").write_text("version = 1\n" + entry)
+    words = ("--key", "k.pem", "--passphrase-file", file)
+    assert ztserve("sign", weights, *words).code == 0
+    assert ztserve("publish", weights, "double:1", *words).code == 0
+    assert ztserve("verify", "double:1").code == 0
+
+
+@pytest.mark.parametrize("curve", ["P-384", "P-521"])
+def test_key_new_takes_a_curve(ztserve, empty, curve):
+    done = ztserve("key", "new", "k.pem", "--curve", curve)
+    assert "not encrypted: no passphrase" in done.out
+    pem = load_pem_private_key((empty / "k.pem").read_bytes(), None)
+    assert pem.key_size == int(curve.removeprefix("P-"))
+
+
+def test_a_passphrase_that_does_not_open_the_key_is_refused(ztserve, project, weights):
+    ztserve("key", "new", "k.pem", "--passphrase-file", secret(project / "p"))
+    wrong = secret(project / "wrong", "another passphrase")
+    words = ("sign", weights, "--key", "k.pem", "--passphrase-file")
+    done = ztserve(*words, wrong)
+    assert done.code == 2
+    assert "the passphrase is wrong" in done.err
+    assert "another" not in done.err
+    done = ztserve(*words, secret(project / "short", "short"), "--name", "x")
+    assert "the passphrase is wrong" in done.err
+    assert not (weights / "model.sig").exists()
+
+
+def test_without_a_terminal_nothing_is_asked(ztserve, project, weights, monkeypatch):
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        done = ztserve("key", "new", "k.pem", "--ask-passphrase")
+        assert done.code == 2
+        assert "no terminal to ask for it on; give --passphrase-file" in done.err
+        assert not (project / "k.pem").exists()
+        ztserve("key", "new", "k.pem", "--passphrase-file", secret(project / "p"))
+        done = ztserve("sign", weights, "--key", "k.pem")
+    assert done.code == 2
+    assert "passphrase of k.pem: there is no terminal" in done.err
+
+
+def test_a_passphrase_comes_from_one_place(ztserve, empty):
+    words = ("--ask-passphrase", "--passphrase-file", secret(empty / "p"))
+    done = ztserve("key", "new", "k.pem", *words)
+    assert done.code == 2
+    assert "one is enough" in done.err
+
+
+@pytest.mark.parametrize("words", [("key",), ("sign",), ("publish",)])
+def test_no_passphrase_is_taken_from_the_command_line(ztserve, capsys, words):
+    """Every process of the machine may read the words of a command."""
+    with pytest.raises(SystemExit):
+        ztserve(*words, "--help")
+    offered = set(re.findall(r"--[a-z-]*pass[a-z-]*", capsys.readouterr().out))
+    assert "--passphrase-file" in offered
+    assert offered <= {"--passphrase-file", "--ask-passphrase"}
+
+
+def on_terminal(cwd, answers, *words):
+    """Run ztserve on a terminal of its own; return its code and all that it showed."""
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ztserve.cli", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = b""
+    for answer in answers:
+        while not shown.endswith(b": "):
+            shown += os.read(ours, 4096)  # EIO where it ended instead
+        os.write(ours, answer.encode() + b"\n")
+        shown += b"|"
+    with suppress(OSError):  # EIO: the other end has gone
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    return running.wait(60), shown.decode()
+
+
+@pytest.mark.slow
+def test_a_passphrase_is_asked_for_on_the_terminal_and_not_shown(
+    ztserve, project, weights
+):
+    make = ("key", "new", "k.pem", "--ask-passphrase")
+    code, shown = on_terminal(project, [SECRET, SECRET + "x"], *make)
+    assert code == 2
+    assert "the two differ; nothing was made" in shown
+    code, shown = on_terminal(project, [SECRET, SECRET], *make)
+    assert code == 0
+    assert "new passphrase of k.pem, again: " in shown
+    code, more = on_terminal(project, [SECRET], "sign", str(weights), "--key", "k.pem")
+    assert code == 0
+    assert "passphrase of k.pem: " in more
+    assert (weights / "model.sig").exists()
+    assert "horse" not in shown + more
 
 
 def test_key_new_never_overwrites_a_key(ztserve, empty):

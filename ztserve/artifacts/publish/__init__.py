@@ -4,7 +4,14 @@ The offline half of artifacts: training and deployment pipelines use it, with ke
 that serving never sees. Nothing that serves imports it.
 """
 
-from ztserve.artifacts.publish.keys import NewKey, SigningKey, load_signer, new_key
+from ztserve.artifacts.publish.keys import (
+    CURVES,
+    NewKey,
+    SigningKey,
+    load_signer,
+    new_key,
+    read_passphrase,
+)
 from ztserve.artifacts.publish.registry import publish, set_alias
 from ztserve.artifacts.publish.signing import (
     SHARD_BYTES,
@@ -17,6 +24,7 @@ from ztserve.artifacts.publish.signing import (
 )
 
 __all__ = [
+    "CURVES",
     "SHARD_BYTES",
     "NewKey",
     "SigningKey",
@@ -25,6 +33,7 @@ __all__ = [
     "model_statement",
     "new_key",
     "publish",
+    "read_passphrase",
     "release_model",
     "release_statement",
     "set_alias",

@@ -4,9 +4,10 @@ import base64
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -23,7 +24,18 @@ from ztserve.artifacts.statements.keys import (
 from ztserve.artifacts.trust.signers import ROLES, Role
 from ztserve.errors import ConfigError
 
+Curve: TypeAlias = Literal["P-256", "P-384", "P-521"]
+CURVES: tuple[Curve, ...] = get_args(Curve)
+MIN_PASSPHRASE = 12
+"""Characters: a stolen file can be tried fast (PKCS #8 as OpenSSL writes it: PBKDF2
+with 2048 rounds)."""
 _MAX_KEY_BYTES = 1 << 16
+_MAX_PASSPHRASE_BYTES = 1024
+_CURVES: dict[Curve, type[ec.EllipticCurve]] = {
+    "P-256": ec.SECP256R1,
+    "P-384": ec.SECP384R1,
+    "P-521": ec.SECP521R1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +89,13 @@ def new_key(
     name: str,
     roles: Collection[Role],
     passphrase: str | None = None,
+    curve: Curve = "P-256",
 ) -> NewKey:
-    """Make a P-256 key: the private half at `path` (0600), the public beside (.pub).
+    """Make a key: the private half at `path` (0600), the public beside (.pub).
 
-    `name` and `roles` are for the entry of the trust policy alone. Raises ConfigError
-    where either file exists already, or cannot be written.
+    `name` and `roles` are for the entry of the trust policy alone. A `passphrase` has
+    at least `MIN_PASSPHRASE` characters. Raises ConfigError where either file exists
+    already, or cannot be written.
     """
     private = Path(path)
     public = private.with_suffix(".pub")
@@ -89,16 +103,16 @@ def new_key(
         raise ConfigError(f"{private}: the private key needs another suffix than .pub")
     if not roles or not set(roles) <= set(ROLES):
         raise ConfigError(f"roles {list(roles)!r}: expected some of {', '.join(ROLES)}")
+    if curve not in _CURVES:
+        raise ConfigError(f"curve {curve!r}: expected one of {', '.join(CURVES)}")
     for file in (private, public):
         if file.exists():
             raise ConfigError(f"{file} exists; a key is never overwritten")
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = ec.generate_private_key(_CURVES[curve]())
     pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(passphrase.encode())
-        if passphrase
-        else serialization.NoEncryption(),
+        _encryption(passphrase),
     )
     try:
         create(private, pem, mode=0o600)
@@ -112,38 +126,94 @@ def new_key(
     return NewKey(private, public, key_id(key.public_key()), entry)
 
 
+def _encryption(
+    passphrase: str | None,
+) -> serialization.KeySerializationEncryption:
+    if passphrase is None:
+        return serialization.NoEncryption()
+    if len(passphrase) < MIN_PASSPHRASE:
+        raise ConfigError(
+            f"a passphrase of {len(passphrase)} characters is soon guessed by whoever "
+            f"has the file: at least {MIN_PASSPHRASE} are expected, say four words"
+        )
+    return serialization.BestAvailableEncryption(passphrase.encode())
+
+
 def load_signer(
-    path: str | os.PathLike[str], passphrase: str | None = None
+    path: str | os.PathLike[str], passphrase: str | Callable[[], str] | None = None
 ) -> SigningKey:
     """Read a private key; raises ConfigError.
 
-    Refused: a file that group or others may read, a wrong or missing passphrase, and
-    keys that no trust policy would take.
+    `passphrase`: a text, or what asks somebody for it, which is called only for a key
+    that has one. Refused: a file that group or others may read, a wrong or missing
+    passphrase, and keys that no trust policy would take.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            pem = file.read(_MAX_KEY_BYTES)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(
-            f"{path} is a private key that others may use (mode {mode & 0o777:o}): "
-            f"run chmod 600 {path}"
-        )
-    try:
-        key = serialization.load_pem_private_key(
-            pem, passphrase.encode() if passphrase else None
-        )
-    except TypeError as error:
-        needs = "needs no passphrase" if passphrase else "needs its passphrase"
-        raise ConfigError(f"{path} {needs}") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(
-            f"{path} is no PEM private key, or the passphrase is wrong"
-        ) from error
+    pem = _read_private(path, "a private key", _MAX_KEY_BYTES)
+    key = _load(pem, path, passphrase)
     strong_curve(key, str(path))
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path} is not an elliptic-curve key")
     return SigningKey(key)
+
+
+def _load(pem: bytes, path: Path, passphrase: str | Callable[[], str] | None) -> object:
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except TypeError as error:  # it has a passphrase
+        if passphrase is None:
+            raise ConfigError(f"{path} needs its passphrase") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no PEM private key") from error
+    else:
+        if isinstance(passphrase, str):
+            raise ConfigError(f"{path} needs no passphrase")
+        return key
+    text = passphrase if isinstance(passphrase, str) else passphrase()
+    try:
+        return serialization.load_pem_private_key(pem, text.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{path} cannot be opened: the passphrase is wrong, or the file damaged"
+        ) from error
+
+
+def read_passphrase(path: str | os.PathLike[str]) -> str:
+    """Read a passphrase from a file of one line that only its owner may read.
+
+    The line's end is not part of it. Raises ConfigError.
+    """
+    path = Path(path)
+    raw = _read_private(path, "a passphrase", _MAX_PASSPHRASE_BYTES)
+    try:
+        text = raw.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the passphrase is not UTF-8") from error
+    if not text or not text.isprintable():
+        raise ConfigError(
+            f"{path}: expected the passphrase as the one line of the file, without "
+            "control characters"
+        )
+    return text
+
+
+def _read_private(path: Path, what: str, limit: int) -> bytes:
+    """Read a small file that its owner alone may read or write; ConfigError."""
+    try:
+        # Not blocking: a pipe that nobody writes to would else hold us for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
+            mode = os.fstat(file.fileno()).st_mode
+            raw = file.read(limit + 1) if stat.S_ISREG(mode) else None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if raw is None:
+        raise ConfigError(f"{path} is no regular file, expected {what} in one")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"{path} is {what} that others may use (mode {mode & 0o777:o}): "
+            f"run chmod 600 {path}"
+        )
+    if len(raw) > limit:
+        raise ConfigError(f"{path} is larger than {limit} bytes, too large for {what}")
+    return raw

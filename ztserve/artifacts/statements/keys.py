@@ -33,7 +33,8 @@ def strong_curve(key: object, where: str) -> ec.EllipticCurve:
             return curve
         kind = f"an elliptic-curve key on {curve.name}"
     else:
-        kind = f"of kind {type(key).__name__}"
+        title = type(key).__name__.removesuffix("PublicKey").removesuffix("PrivateKey")
+        kind = f"a key of kind {title}, which OpenSSF Model Signing does not have"
     raise ConfigError(
         f"{where} is {kind}; signers need a key on P-256, P-384 or P-521: "
         "make one with `ztserve key new`"
@@ -42,11 +43,18 @@ def strong_curve(key: object, where: str) -> ec.EllipticCurve:
 
 def load_public_key(pem: bytes, where: str) -> PublicKey:
     """Parse a PEM public key; raises ConfigError on anything but a strong one."""
+    if b"PRIVATE KEY-----" in pem:
+        raise ConfigError(
+            f"{where} is a private key: it belongs to its signer alone; give the "
+            "public half (-----BEGIN PUBLIC KEY-----) here, and make a new key if "
+            "others could read this one"
+        )
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f"{where} is not a PEM public key (-----BEGIN PUBLIC KEY-----)"
+            f"{where} is not a PEM public key (-----BEGIN PUBLIC KEY-----) on a curve "
+            "known by its name"
         ) from error
     strong_curve(key, where)
     if not isinstance(key, ec.EllipticCurvePublicKey):
