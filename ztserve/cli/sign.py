@@ -2,19 +2,22 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ztserve import config
 from ztserve.artifacts import publish
 from ztserve.artifacts.publish import SHARD_BYTES
 from ztserve.artifacts.registry.directory import model_files
+from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.manifest import parse_manifest
 from ztserve.artifacts.statements.serialization import (
     HASH_TYPES,
     METHODS,
     Serialization,
 )
 from ztserve.artifacts.statements.strict import Malformed
-from ztserve.cli import signer
+from ztserve.cli import show, signer
 from ztserve.errors import ConfigError
 
 _SIZE = re.compile(r"([1-9][0-9]{0,15})(|KiB|MiB|GiB)\Z")
@@ -43,22 +46,42 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="blake3 is faster and needs ztserve[blake3] wherever the model is "
         "verified (default: sha256)",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Write model.sig into the directory."""
-    how = _serialization(chosen)
-    path = chosen.key or config.load().state / "keys/trainer.pem"
-    key = signer.load(path, chosen.passphrase_file)
-    print(
-        publish.sign_model(chosen.directory, key, name=chosen.name, serialization=how)
+    """Write model.sig into the directory; print what it says."""
+    sizes = model_files(chosen.directory)
+    how = _serialization(chosen, sizes)
+    key_path = chosen.key or config.load().state / "keys/trainer.pem"
+    key = signer.load(key_path, chosen.passphrase_file)
+    path = publish.sign_model(
+        chosen.directory, key, name=chosen.name, serialization=how
     )
+    manifest = parse_manifest(parse_envelope(path.read_bytes(), what=str(path)))
+    facts = {
+        "signature": str(path),
+        "digest": manifest.digest,
+        "key": key.id,
+        "files": len(manifest.files),
+        "bytes": sum(sizes.values()),
+        "method": how.method,
+        "shard_size": how.shard_size,
+        "hash": how.hash_type,
+    }
+    if chosen.json:
+        show.as_json(facts)
+    else:
+        rows = ((k.replace("_", " "), v) for k, v in facts.items() if v is not None)
+        show.table("signed", ("", ""), rows)
     return 0
 
 
-def _serialization(chosen: argparse.Namespace) -> Serialization:
+def _serialization(
+    chosen: argparse.Namespace, sizes: Mapping[str, int]
+) -> Serialization:
     if chosen.method is None and chosen.shard_size is None:
-        return publish.choose_serialization(model_files(chosen.directory), chosen.hash)
+        return publish.choose_serialization(sizes, chosen.hash)
     if chosen.method == "files":
         if chosen.shard_size is not None:
             raise ConfigError("--shard-size belongs to --method shards, not to files")

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from ztserve import config
 from ztserve.artifacts import TrustPolicy
+from ztserve.cli import signer
 
 
 def test_key_new_writes_both_halves_and_prints_the_entry(ztserve, empty):
@@ -158,7 +159,8 @@ def test_key_new_never_overwrites_a_key(ztserve, empty):
 
 def test_sign_publish_verify(ztserve, project, weights):
     signed = ztserve("sign", weights)
-    assert (signed.code, signed.out) == (0, f"{weights}/model.sig\n")
+    assert signed.code == 0
+    assert signed.out.startswith(f"signature\t{weights}/model.sig\ndigest\tsha256:")
     put = ztserve("publish", weights, "double:1", "--alias", "production")
     assert put.code == 0
     name, digest = put.out.split()
@@ -298,6 +300,26 @@ def test_sign_hashes_as_it_is_told(ztserve, project, weights, words, said):
     assert ztserve("sign", weights, *words).code == 0
     assert signed_as(weights) == said
     assert ztserve("verify", "d:1", "--from", weights, "--for", "deploy").code == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--method", "shards"]])
+def test_sign_tells_what_it_signed(ztserve, project, weights, words):
+    told = json.loads(ztserve("sign", weights, "--json", *words).out)
+    size = (weights / "model.safetensors").stat().st_size
+    verified = ("verify", "d:1", "--from", weights, "--for", "deploy", "--json")
+    assert told == {
+        "signature": f"{weights}/model.sig",
+        "digest": json.loads(ztserve(*verified).out)["digest"],
+        "key": signer.load(project / ".ztserve/keys/trainer.pem", None).id,
+        "files": 1,
+        "bytes": size,
+        "method": "shards" if words else "files",
+        "shard_size": 64 << 20 if words else None,
+        "hash": "sha256",
+    }
+    lines = ztserve("sign", weights, *words).out.splitlines()
+    assert f"bytes\t{size}" in lines
+    assert ("shard size\t67108864" in lines) == bool(words)
 
 
 @pytest.mark.parametrize(
