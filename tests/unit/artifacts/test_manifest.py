@@ -1,6 +1,9 @@
+import hashlib
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.unit.artifacts.workshop import signing_key
 from ztserve.artifacts.publish import model_statement
@@ -11,7 +14,7 @@ from ztserve.artifacts.statements.manifest import (
     parse_manifest,
     root_digest,
 )
-from ztserve.artifacts.statements.serialization import Serialization
+from ztserve.artifacts.statements.serialization import Serialization, parse_shard_name
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
@@ -237,6 +240,71 @@ def test_more_files_than_the_limit_are_refused_also_in_shards():
     many = {f"f{n}:0:1": A for n in range(10_001)}
     with pytest.raises(VerificationError, match="10001 files; the limit is 10000"):
         manifest(sharded(resources=many))
+
+
+def hexadecimal(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+MODELS = st.dictionaries(
+    st.sampled_from(["a", "a-b", "a/b", "b.json", "b/c/d", "z z"]),
+    st.integers(1, 40),
+    min_size=1,
+).filter(lambda files: not {"a", "a/b"} <= files.keys())
+
+
+def resources_of(sizes, how):
+    return {
+        how.resource(file, span): hexadecimal(f"{file} {span}")
+        for file, size in sizes.items()
+        for span in how.spans(size)
+    }
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(MODELS, st.integers(1, 20), st.sampled_from(["sha256", "blake3"]))
+def test_whatever_is_cut_into_shards_is_read_as_it_was_written(sizes, step, hash_type):
+    how = Serialization(hash_type, step)
+    read = manifest(sharded(resources=resources_of(sizes, how), how=how))
+    assert read.serialization == how
+    assert read.files == {
+        file: SignedFile(
+            tuple(hexadecimal(f"{file} {span}") for span in how.spans(size)), size
+        )
+        for file, size in sizes.items()
+    }
+
+
+@pytest.mark.slow
+@settings(deadline=None)
+@given(MODELS, st.integers(1, 20), st.data())
+def test_no_list_with_a_hole_or_an_overlap_makes_up_the_same_files(sizes, step, data):
+    """A shard less, twice, elsewhere or of another extent: refused, or other files."""
+    how = Serialization("sha256", step)
+    sound = sharded(resources=resources_of(sizes, how), how=how)
+    listed = json.loads(sound)["predicate"]["resources"]
+    place = data.draw(st.integers(0, len(listed) - 1))
+    shard = listed.pop(place)
+    file, (start, end) = parse_shard_name(shard["name"])
+    by = data.draw(st.sampled_from([None, (0, 1), (1, 0), (1, 1), (0, -1), (-1, 0)]))
+    if by is not None:
+        span = (start + by[0], end + by[1])
+        changed = {**shard, "name": how.resource(file, span)}
+        listed.insert(data.draw(st.integers(0, len(listed))), changed)
+
+    def relist(predicate, node):
+        predicate["resources"] = listed
+        root = root_digest(r["digest"] for r in listed)
+        node["subject"][0]["digest"]["sha256"] = root
+
+    try:
+        files = manifest(sharded(relist, resources_of(sizes, how), how)).files
+    except VerificationError:
+        return
+    assert files != manifest(sound).files
+    for signed in files.values():
+        assert len(signed.digests) == len(how.spans(signed.size))
 
 
 # --- names ----------------------------------------------------------------------
