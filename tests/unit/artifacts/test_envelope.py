@@ -73,10 +73,10 @@ def test_a_signature_by_another_key_does_not_hold():
         ({"verificationMaterial": {}}, "field 'publicKey' is missing"),
         ({"verificationMaterial__publicKey__hint": "AB"}, "64 lower-case hex digits"),
         ({"verificationMaterial__tlogEntries": [1]}, "tlogEntries is not supported"),
-        ({"verificationMaterial__x509CertificateChain": {}}, "is not supported"),
+        ({"verificationMaterial__certificate": {}}, "certificate is not supported"),
         (
-            {"verificationMaterial__timestampVerificationData": {}},
-            "timestampVerificationData is not supported",
+            {"verificationMaterial__x509CertificateChain": {}},
+            "a key and a certificate chain: expected one of the two",
         ),
     ],
 )

@@ -22,15 +22,34 @@ from ztserve.artifacts.publish.signing import (
     sign_model,
     sign_policy,
 )
+from ztserve.artifacts.publish.stamping import (
+    StatementSigner,
+    SvidKey,
+    TimestampedSigner,
+    stamp_with,
+)
+from ztserve.artifacts.publish.timestamps import (
+    LocalAuthority,
+    NewAuthority,
+    load_authority,
+    new_authority,
+)
 
 __all__ = [
     "CURVES",
     "SHARD_BYTES",
+    "LocalAuthority",
+    "NewAuthority",
     "NewKey",
     "SigningKey",
+    "StatementSigner",
+    "SvidKey",
+    "TimestampedSigner",
     "choose_serialization",
+    "load_authority",
     "load_signer",
     "model_statement",
+    "new_authority",
     "new_key",
     "publish",
     "read_passphrase",
@@ -39,4 +58,5 @@ __all__ = [
     "set_alias",
     "sign_model",
     "sign_policy",
+    "stamp_with",
 ]

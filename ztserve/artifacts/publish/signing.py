@@ -18,7 +18,7 @@ from ztserve.artifacts.loading.loader import (
     check_sizes,
 )
 from ztserve.artifacts.publish.atomic import replace
-from ztserve.artifacts.publish.keys import SigningKey
+from ztserve.artifacts.publish.stamping import StatementSigner
 from ztserve.artifacts.registry.directory import DirectoryRegistry, model_files
 from ztserve.artifacts.registry.files import open_file
 from ztserve.artifacts.statements.envelope import STATEMENT_TYPE, parse_envelope
@@ -60,7 +60,7 @@ class SignedDirectory:
 
 def sign_model(
     directory: str | os.PathLike[str],
-    signer: SigningKey,
+    signer: StatementSigner,
     *,
     name: str | None = None,
     serialization: Serialization | None = None,
@@ -143,7 +143,11 @@ def _resources(buffers: Mapping[str, Buffer], how: Serialization) -> dict[str, s
 
 
 def release_model(
-    directory: str | os.PathLike[str], signer: SigningKey, *, name: str, version: str
+    directory: str | os.PathLike[str],
+    signer: StatementSigner,
+    *,
+    name: str,
+    version: str,
 ) -> Path:
     """Release a signed directory as ``name:version``; return the path (release.sig).
 
@@ -160,7 +164,7 @@ def release_model(
     return root / RELEASE_FILE
 
 
-def sign_policy(path: str | os.PathLike[str], root_key: SigningKey) -> Path:
+def sign_policy(path: str | os.PathLike[str], root_key: StatementSigner) -> Path:
     """Sign a trust policy under its root key; return the path (``<path>.sig``)."""
     policy = Path(path)
     signature = policy.with_name(policy.name + ".sig")

@@ -1,18 +1,25 @@
-"""Signed envelopes: a Sigstore bundle v0.3 around one DSSE signature by a key.
+"""Signed envelopes: a Sigstore bundle v0.3 around one DSSE signature.
 
-Read strictly: exactly the fields of OpenSSF Model Signing v1.0's `key` method,
-exactly one signature, canonical base64. Certificates, transparency logs and
-timestamps are refused by name, never skipped.
+Read strictly: exactly the fields of OpenSSF Model Signing v1.0's `key` and
+`certificate` methods and RFC 3161 timestamps, exactly one signature, canonical base64.
+A lone certificate and transparency logs are refused by name, never skipped.
 Sources: sigstore ``bundle.proto`` v0.3, secure-systems-lab DSSE v1.0.2 (`pae`).
 """
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from ztserve.artifacts.statements.keys import PublicKey, signature_algorithm
+from ztserve.artifacts.statements.keys import (
+    PublicKey,
+    key_id,
+    signature_algorithm,
+    strong_curve,
+)
 from ztserve.artifacts.statements.strict import (
     Malformed,
     Object,
@@ -23,12 +30,19 @@ from ztserve.artifacts.statements.strict import (
     load_object,
     only,
 )
-from ztserve.errors import VerificationError
+from ztserve.artifacts.statements.timestamps import (
+    MAX_TIMESTAMP_BYTES,
+    parse_certificate,
+)
+from ztserve.errors import ConfigError, VerificationError
 
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 IN_TOTO_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 MAX_BUNDLE_BYTES = 16 << 20
+MAX_CERTIFICATES = 8
+MAX_CHAIN_BYTES = 32 << 10
+MAX_TIMESTAMPS = 4
 _MAX_SIGNATURE_BYTES = 256
 _HINT = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -45,6 +59,10 @@ class Envelope:
     """ECDSA signature over `pae(payload_type, payload)`, DER."""
     key_id: str
     """The key that is said to have signed: ``sha256:<64 hex digits>``."""
+    chain: tuple[bytes, ...] = ()
+    """Certificates (DER, leaf first) said to be that key's; none: a key of its own."""
+    timestamps: tuple[bytes, ...] = ()
+    """RFC 3161 responses (DER) that are said to be over `signature`."""
 
     @property
     def digest(self) -> str:
@@ -87,24 +105,86 @@ def _parse(bundle: Object, what: str, payload_type: str) -> Envelope:
     signature = get_base64(signatures[0], "sig")
     if len(signature) > _MAX_SIGNATURE_BYTES:
         raise Malformed(f"a signature of {len(signature)} bytes is too long")
+    chain = _chain(material)
     return Envelope(
         what=what,
         payload=get_base64(dsse, "payload"),
         payload_type=payload_type,
         signature=signature,
-        key_id=_key_hint(material),
+        key_id=key_id(leaf_key(chain)) if chain else _key_hint(material),
+        chain=chain,
+        timestamps=_timestamps(material),
     )
 
 
-def _key_hint(material: Object) -> str:
-    for field in ("x509CertificateChain", "certificate", "timestampVerificationData"):
-        if field in material:
-            raise Malformed(
-                f"{field} is not supported: sign with an elliptic-curve key"
-            )
-    only(material, ("publicKey", "tlogEntries"), "verificationMaterial")
+_MATERIAL = (
+    "publicKey",
+    "x509CertificateChain",
+    "tlogEntries",
+    "timestampVerificationData",
+)
+
+
+def _chain(material: Object) -> tuple[bytes, ...]:
+    """Return the certificates of the `certificate` method; none of the `key` method."""
+    if "certificate" in material:
+        raise Malformed(
+            "certificate is not supported: sign with an elliptic-curve key, or with "
+            "the whole chain in x509CertificateChain"
+        )
+    only(material, _MATERIAL, "verificationMaterial")
     if material.get("tlogEntries", []) != []:
-        raise Malformed("tlogEntries is not supported: sign with a key")
+        raise Malformed("tlogEntries is not supported: sign with a key or an SVID")
+    if "x509CertificateChain" not in material:
+        return ()
+    if "publicKey" in material:
+        raise Malformed("a key and a certificate chain: expected one of the two")
+    node = as_object(get(material, "x509CertificateChain", dict), "the chain")
+    only(node, ("certificates",), "x509CertificateChain")
+    entries = get_objects(node, "certificates", limit=MAX_CERTIFICATES)
+    for entry in entries:
+        only(entry, ("rawBytes",), "a certificate")
+    chain = tuple(get_base64(entry, "rawBytes") for entry in entries)
+    size = sum(map(len, chain))
+    if not chain or size > MAX_CHAIN_BYTES:
+        raise Malformed(
+            f"{len(chain)} certificates of {size} bytes; expected at least one, and "
+            f"at most {MAX_CHAIN_BYTES} bytes"
+        )
+    return chain
+
+
+def leaf_key(chain: Sequence[bytes]) -> PublicKey:
+    """Return the key of the chain's first certificate; raises Malformed."""
+    key = parse_certificate(chain[0], "the signer's").public_key()
+    try:
+        strong_curve(key, "the key of the signer's certificate")
+    except ConfigError as error:
+        raise Malformed(str(error)) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise Malformed("the key of the signer's certificate is not elliptic-curve")
+    return key
+
+
+def _timestamps(material: Object) -> tuple[bytes, ...]:
+    if "timestampVerificationData" not in material:
+        return ()
+    node = as_object(
+        get(material, "timestampVerificationData", dict), "timestampVerificationData"
+    )
+    only(node, ("rfc3161Timestamps",), "timestampVerificationData")
+    if "rfc3161Timestamps" not in node:
+        return ()
+    entries = get_objects(node, "rfc3161Timestamps", limit=MAX_TIMESTAMPS)
+    for entry in entries:
+        only(entry, ("signedTimestamp",), "a timestamp")
+    found = tuple(get_base64(entry, "signedTimestamp") for entry in entries)
+    if any(len(each) > MAX_TIMESTAMP_BYTES for each in found):
+        raise Malformed(f"a timestamp is larger than {MAX_TIMESTAMP_BYTES} bytes")
+    return found
+
+
+def _key_hint(material: Object) -> str:
     public_key = as_object(get(material, "publicKey", dict), "publicKey")
     only(public_key, ("hint",), "publicKey")
     hint = get(public_key, "hint", str)

@@ -13,12 +13,27 @@ others could write is not a policy::
     not_before = 2026-01-01T00:00:00Z           # optional
     not_after = 2027-01-01T00:00:00Z            # optional
 
+    [[signers]]
+    name = "pipeline"
+    spiffe = "spiffe://example.org/ns/ml/sa/trainer"   # signs with its SVIDs
+    roles = ["trainer"]
+
+    [[bundles]]                                 # an archive: one entry a rotation
+    trust_domain = "example.org"
+    roots = "example.org-2026.pem"              # a PEM file beside, or PEM text
+    not_before = 2026-01-01T00:00:00Z           # optional, as is not_after
+
+    [[timestamp_authorities]]                   # optional
+    name = "clock"
+    root = "clock.pem"
+
     [revoked]
     keys = ["sha256:..."]                       # as `ztserve key` prints them
+    serials = ["7f03..."]                       # of certificates, in hex
     manifests = ["sha256:..."]                  # digests of models
 
-Signatures carry no proven time, so a key's window is held against the present: after
-`not_after` nothing that it ever signed counts.
+A key's and a certificate's window is held against the time that a timestamp proves.
+Without one it is held against the present: after `not_after` nothing counts.
 """
 
 import hashlib
@@ -35,7 +50,19 @@ from ztserve import types
 from ztserve.artifacts.statements.envelope import (
     Envelope,
     check_signature,
+    leaf_key,
     parse_envelope,
+)
+from ztserve.artifacts.statements.keys import PublicKey
+from ztserve.artifacts.statements.strict import Malformed
+from ztserve.artifacts.trust.chains import (
+    Bundle,
+    certificates,
+    key_ids,
+    parse_bundles,
+    parse_serials,
+    serials,
+    verify_svid,
 )
 from ztserve.artifacts.trust.signers import (
     Role,
@@ -48,8 +75,24 @@ from ztserve.artifacts.trust.signers import (
     take,
     take_time,
 )
+from ztserve.artifacts.trust.timestamping import (
+    ProvenTime,
+    TimestampAuthority,
+    check_apart,
+    check_authorities_apart,
+    parse_authorities,
+    proven_time,
+)
 from ztserve.errors import ConfigError, VerificationError
 
+_TABLES = (
+    "version",
+    "expires",
+    "signers",
+    "bundles",
+    "timestamp_authorities",
+    "revoked",
+)
 POLICY_TYPE = "application/vnd.ztserve.trust-policy.v1+toml"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
@@ -65,10 +108,21 @@ class TrustPolicy:
     expires: datetime | None = None
     revoked_keys: frozenset[str] = frozenset()
     revoked_manifests: frozenset[str] = frozenset()
+    revoked_serials: frozenset[str] = frozenset()
+    bundles: tuple[Bundle, ...] = ()
+    timestamp_authorities: tuple[TimestampAuthority, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.signers:
             raise ConfigError("a trust policy without signers would trust nobody")
+        domains = {bundle.trust_domain for bundle in self.bundles}
+        for signer in self.signers:
+            if signer.spiffe and signer.spiffe.trust_domain not in domains:
+                raise ConfigError(
+                    f"signer {signer.name!r} is of the trust domain "
+                    f"{signer.spiffe.trust_domain}, whose roots no [[bundles]] holds"
+                )
+        check_authorities_apart(self.timestamp_authorities, self.signers, self.bundles)
 
     @classmethod
     def load(
@@ -105,13 +159,15 @@ class TrustPolicy:
         except ValueError as error:  # bad TOML or bad UTF-8
             raise ConfigError(f"{path}: not TOML: {error}") from error
         where = str(path)
-        only(table, ("version", "expires", "signers", "revoked"), where)
+        only(table, _TABLES, where)
         version = take(table, "version", int, where)
         if version is None or version < 1:
             raise ConfigError(f"{where}: version must be a number from 1 upwards")
         entries = take(table, "signers", list, where) or []
         revoked = take(table, "revoked", dict, where) or {}
-        only(revoked, ("keys", "manifests"), f"{where}: [revoked]")
+        only(revoked, ("keys", "serials", "manifests"), f"{where}: [revoked]")
+        bundles = take(table, "bundles", list, where) or []
+        clocks = take(table, "timestamp_authorities", list, where) or []
         return cls(
             version=version,
             signers=parse_signers(entries, path, inline=inline),
@@ -119,6 +175,9 @@ class TrustPolicy:
             expires=take_time(table, "expires", where),
             revoked_keys=_digests(revoked, "keys", where),
             revoked_manifests=_digests(revoked, "manifests", where),
+            revoked_serials=parse_serials(revoked, where),
+            bundles=parse_bundles(bundles, path, inline=inline),
+            timestamp_authorities=parse_authorities(clocks, path, inline=inline),
         )
 
     def check_current(self, now: datetime | None = None) -> None:
@@ -133,41 +192,84 @@ class TrustPolicy:
     def verify(
         self, envelope: Envelope, role: Role, *, now: datetime | None = None
     ) -> SignedBy:
-        """Check that a signer who is trusted in `role` now signed the envelope.
+        """Check that a signer who is trusted in `role` signed the envelope in time.
 
-        Raises VerificationError: unknown or revoked key, wrong role, outside the
-        key's window, or a signature that does not hold.
+        In time is: at the time that its timestamp proves, else now. Raises
+        VerificationError: unknown or revoked key, a certificate that is not that of a
+        signer, wrong role, outside the signer's window, a timestamp or a signature
+        that does not hold.
         """
         self.check_current(now)
-        signer = self._signer(envelope)
-        check_signature(envelope, signer.key)
+        moment = _moment(now)
+        chain = certificates(envelope)
+        self._check_keys(
+            envelope.what, key_ids(chain) | {envelope.key_id}, serials(chain)
+        )
+        proven = proven_time(envelope, self.timestamp_authorities, now=moment)
+        if proven is not None:
+            self._check_proof(envelope, proven)
+        at = moment if proven is None else proven.at
+        signer, key = self._signer(envelope, at)
+        check_signature(envelope, key)
         here = f"{envelope.what}: signer {signer.name!r}"
         if role not in signer.roles:
             raise VerificationError(
                 f"{here} is trusted as {', '.join(sorted(signer.roles))}, not as {role}"
             )
-        moment = _moment(now)
-        if signer.not_before is not None and moment < signer.not_before:
+        if signer.not_before is not None and at < signer.not_before:
             raise VerificationError(
                 f"{here} is trusted only from {signer.not_before:%Y-%m-%d %H:%M} UTC"
             )
-        if signer.not_after is not None and moment >= signer.not_after:
+        if signer.not_after is not None and at >= signer.not_after:
             raise VerificationError(
-                f"{here} was trusted until {signer.not_after:%Y-%m-%d %H:%M} UTC: "
-                "sign again with a current key"
+                f"{here} was trusted until {signer.not_after:%Y-%m-%d %H:%M} UTC, and "
+                "no timestamp of a [[timestamp_authorities]] proves that it signed "
+                "before: sign again with a current key"
             )
-        return SignedBy(signer.name, role, signer.key_id)
+        return SignedBy(
+            signer.name,
+            role,
+            envelope.key_id,
+            spiffe=str(signer.spiffe or ""),
+            serial=f"{chain[0].serial_number:x}" if chain else "",
+            signed_at=None if proven is None else proven.at,
+            timestamped_by="" if proven is None else proven.authority,
+        )
 
-    def _signer(self, envelope: Envelope) -> Signer:
-        if envelope.key_id in self.revoked_keys:
+    def _check_keys(
+        self, what: str, keys: frozenset[str], numbers: frozenset[str]
+    ) -> None:
+        """Refuse what is revoked, whenever it signed: a thief can backdate."""
+        for key in keys & self.revoked_keys:
+            raise VerificationError(f"{what}: the signing key {key} is revoked")
+        for number in numbers & self.revoked_serials:
             raise VerificationError(
-                f"{envelope.what}: the signing key {envelope.key_id} is revoked"
+                f"{what}: the certificate with serial {number} is revoked"
             )
-        for signer in self.signers:
-            if signer.key_id == envelope.key_id:
-                return signer
+
+    def _check_proof(self, envelope: Envelope, proven: ProvenTime) -> None:
+        what = f"{envelope.what}: timestamp by {proven.authority!r}"
+        self._check_keys(what, key_ids(proven.path), serials(proven.path))
+        keys = key_ids(certificates(envelope)) | {envelope.key_id}
+        try:
+            check_apart(proven, keys)
+        except Malformed as error:
+            raise VerificationError(f"{envelope.what}: {error}") from error
+
+    def _signer(self, envelope: Envelope, at: datetime) -> tuple[Signer, PublicKey]:
+        if envelope.chain:
+            spiffe = verify_svid(envelope, self.bundles, at).id
+            for signer in self.signers:
+                if signer.spiffe == spiffe:
+                    return signer, leaf_key(envelope.chain)
+            signed = f"by {spiffe}"
+        else:
+            for signer in self.signers:
+                if signer.key is not None and signer.key_id == envelope.key_id:
+                    return signer, signer.key
+            signed = f"with key {envelope.key_id}"
         raise VerificationError(
-            f"{envelope.what}: signed with key {envelope.key_id}, which is none of "
+            f"{envelope.what}: signed {signed}, which is none of "
             f"the trust policy's signers ({', '.join(s.name for s in self.signers)})"
         )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast, get_args
 
 from ztserve.artifacts.statements.keys import PublicKey, key_id, load_public_key
-from ztserve.errors import ConfigError
+from ztserve.errors import ConfigError, IdentityError
+from ztserve.identity.spiffe_id import SpiffeId, workload_id
 
 Role: TypeAlias = Literal["trainer", "evaluator", "deployer"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -19,14 +20,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """Someone whose signatures count, in these roles, within this window."""
+    """Someone whose signatures count, in these roles, within this window.
+
+    Known by a key of its own, or by a SPIFFE ID, for which any of its SVIDs stands.
+    """
 
     name: str
-    key: PublicKey
+    key: PublicKey | None
     key_id: str
+    """``sha256:<hex>``, or empty for a signer by SPIFFE ID."""
     roles: frozenset[Role]
     not_before: datetime | None = None
     not_after: datetime | None = None
+    spiffe: SpiffeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,22 @@ class SignedBy:
     name: str
     role: Role
     key_id: str
+    """The key that signed: the signer's own, or that of its SVID."""
+    spiffe: str = ""
+    """The SPIFFE ID of the SVID that signed, with its `serial` (hex)."""
+    serial: str = ""
+    signed_at: datetime | None = None
+    """When, if a timestamp proves it, by the authority `timestamped_by`."""
+    timestamped_by: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} as {self.role} ({self.key_id})"
+        facts = [self.key_id]
+        if self.spiffe:
+            facts += [self.spiffe, f"serial {self.serial}"]
+        if self.signed_at is not None:
+            moment = f"{self.signed_at:%Y-%m-%dT%H:%M:%SZ}"
+            facts.append(f"signed at {moment} by the clock of {self.timestamped_by}")
+        return f"{self.name} as {self.role} ({', '.join(facts)})"
 
 
 def read_guarded(path: Path) -> bytes:
@@ -57,6 +76,21 @@ def read_guarded(path: Path) -> bytes:
     if len(raw) > MAX_POLICY_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_POLICY_BYTES} bytes")
     return raw
+
+
+def load_text(text: str, folder: Path, where: str, *, inline: bool) -> bytes:
+    """Return PEM text, or what is in a file beneath `folder`; raises ConfigError.
+
+    `inline`: only text, as for a policy that is signed under a trust root.
+    """
+    if "-----BEGIN" in text:
+        return text.encode()
+    if inline:
+        raise ConfigError(
+            f"{where}: a policy signed under a trust root holds PEM text: what is in "
+            f"the file {text!r} is not signed"
+        )
+    return read_guarded(folder / text)
 
 
 def load_key(text: str, folder: Path, where: str) -> PublicKey:
@@ -80,8 +114,8 @@ def parse_signers(
     )
     if not signers:
         raise ConfigError(f"{path}: no [[signers]]: such a policy would trust nobody")
-    for field in ("name", "key_id"):
-        values = [getattr(signer, field) for signer in signers]
+    for field in ("name", "key_id", "spiffe"):
+        values = [value for s in signers if (value := getattr(s, field))]
         if len(set(values)) != len(values):
             raise ConfigError(f"{path}: two [[signers]] have the same {field}")
     return signers
@@ -95,24 +129,39 @@ def _parse_signer(
 ) -> Signer:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where} is not a table")
-    only(entry, ("name", "key", "roles", "not_before", "not_after"), where)
+    only(entry, ("name", "key", "spiffe", "roles", "not_before", "not_after"), where)
     name, key_text = take(entry, "name", str, where), take(entry, "key", str, where)
-    if not name or not key_text:
-        raise ConfigError(f"{where} needs a name and a key")
-    if inline and "-----BEGIN" not in key_text:
-        raise ConfigError(
-            f"{where}: a policy signed under a trust root holds its keys as PEM text: "
-            f"what is in the file {key_text!r} is not signed"
-        )
-    key = load_key(key_text, path.parent, f"{where}: the key of {name!r}")
+    spiffe = take(entry, "spiffe", str, where)
+    if not name or not (key_text or spiffe):
+        raise ConfigError(f"{where} needs a name and a key (or a SPIFFE ID)")
+    if key_text and spiffe:
+        raise ConfigError(f"{where}: {name!r} has a key and a SPIFFE ID: choose one")
+    key = _key(key_text, where, path, name, inline=inline) if key_text else None
     return Signer(
         name=name,
         key=key,
-        key_id=key_id(key),
+        key_id=key_id(key) if key else "",
         roles=_roles(take(entry, "roles", list, where) or [], where),
         not_before=take_time(entry, "not_before", where),
         not_after=take_time(entry, "not_after", where),
+        spiffe=_spiffe(spiffe, where) if spiffe else None,
     )
+
+
+def _key(text: str, where: str, path: Path, name: str, *, inline: bool) -> PublicKey:
+    if inline and "-----BEGIN" not in text:
+        raise ConfigError(
+            f"{where}: a policy signed under a trust root holds its keys as PEM text: "
+            f"what is in the file {text!r} is not signed"
+        )
+    return load_key(text, path.parent, f"{where}: the key of {name!r}")
+
+
+def _spiffe(text: str, where: str) -> SpiffeId:
+    try:
+        return workload_id(text)
+    except IdentityError as error:
+        raise ConfigError(f"{where}: spiffe: {error}") from error
 
 
 def _roles(values: list[object], where: str) -> frozenset[Role]:
