@@ -50,7 +50,7 @@ def initialise(folder: Path) -> list[Path]:
 
 
 def _keys_and_trust(settings: config.Settings) -> list[Path]:
-    """Make a trainer's and a deployer's key, and a trust policy that names the two."""
+    """Make keys of a trainer, a deployer and a clock, and a policy that names them."""
     trust = settings.artifacts.trust_policy
     if trust.exists():
         return []
@@ -69,14 +69,14 @@ def _keys_and_trust(settings: config.Settings) -> list[Path]:
         )
         for role in ROLES
     ]
+    clock = publish.new_authority(folder / "timestamp.pem", name="development clock")
     text = "# Whose signatures count, and as what.\nversion = 1\n"
-    for key in keys:
-        beside = os.path.relpath(key.public, trust.parent)
-        text += "\n" + key.entry.replace(
-            json.dumps(key.public.name), json.dumps(beside)
-        )
+    entries = [(key.entry, key.public) for key in keys] + [(clock.entry, clock.root)]
+    for entry, public in entries:
+        beside = os.path.relpath(public, trust.parent)
+        text += "\n" + entry.replace(json.dumps(public.name), json.dumps(beside))
     _create(trust, text.encode())
-    return [key.private for key in keys] + [trust]
+    return [key.private for key in keys] + [clock.private, trust]
 
 
 def _create(path: Path, content: bytes) -> bool:

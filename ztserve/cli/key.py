@@ -1,4 +1,7 @@
-"""``ztserve key new``: a signing key, and the entry that a trust policy needs."""
+"""``ztserve key``: a signing key, and the entry that a trust policy needs.
+
+``new`` makes a signer's key, ``timestamp-authority`` what stamps signatures.
+"""
 
 import argparse
 from pathlib import Path
@@ -10,7 +13,7 @@ from ztserve.errors import ConfigError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("action", choices=("new",))
+    parser.add_argument("action", choices=("new", "timestamp-authority"))
     parser.add_argument("path", type=Path, help="of the private key, e.g. trainer.pem")
     parser.add_argument(
         "--role",
@@ -34,6 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Write both halves; print the entry of the trust policy."""
+    if chosen.action == "timestamp-authority":
+        return _authority(chosen)
     passphrase = _passphrase(chosen)
     made = publish.new_key(
         chosen.path,
@@ -58,3 +63,13 @@ def _passphrase(chosen: argparse.Namespace) -> str | None:
     if chosen.ask_passphrase:
         return signer.ask_twice(f"new passphrase of {chosen.path}")
     return None
+
+
+def _authority(chosen: argparse.Namespace) -> int:
+    if chosen.role:
+        raise ConfigError("--role: a timestamp authority has none; it signs no model")
+    clock = publish.new_authority(chosen.path, name=chosen.name or chosen.path.stem)
+    print(f"private key  {clock.private}  (keep it from signers; mode 0600)")
+    print(f"root         {clock.root}")
+    print(f"\n# for the trust policy:\n{clock.entry}", end="")
+    return 0

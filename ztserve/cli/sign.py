@@ -17,7 +17,7 @@ from ztserve.artifacts.statements.serialization import (
     Serialization,
 )
 from ztserve.artifacts.statements.strict import Malformed
-from ztserve.cli import show, signer
+from ztserve.cli import certified, show, signer
 from ztserve.errors import ConfigError
 
 _SIZE = re.compile(r"([1-9][0-9]{0,15})(|KiB|MiB|GiB)\Z")
@@ -28,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("directory", type=Path)
     signer.arguments(parser, "the development trainer's")
+    certified.arguments(parser)
     parser.add_argument("--name", help="of the model, for people (default: directory)")
     parser.add_argument(
         "--method",
@@ -53,16 +54,16 @@ def run(chosen: argparse.Namespace) -> int:
     """Write model.sig into the directory; print what it says."""
     sizes = model_files(chosen.directory)
     how = _serialization(chosen, sizes)
-    key_path = chosen.key or config.load().state / "keys/trainer.pem"
-    key = signer.load(key_path, chosen.passphrase_file)
+    signing = certified.signer(chosen, lambda: _key(chosen))
     path = publish.sign_model(
-        chosen.directory, key, name=chosen.name, serialization=how
+        chosen.directory, signing, name=chosen.name, serialization=how
     )
-    manifest = parse_manifest(parse_envelope(path.read_bytes(), what=str(path)))
+    envelope = parse_envelope(path.read_bytes(), what=str(path))
+    manifest = parse_manifest(envelope)
     facts = {
         "signature": str(path),
         "digest": manifest.digest,
-        "key": key.id,
+        "key": envelope.key_id,
         "files": len(manifest.files),
         "bytes": sum(sizes.values()),
         "method": how.method,
@@ -75,6 +76,11 @@ def run(chosen: argparse.Namespace) -> int:
         rows = ((k.replace("_", " "), v) for k, v in facts.items() if v is not None)
         show.table("signed", ("", ""), rows)
     return 0
+
+
+def _key(chosen: argparse.Namespace) -> publish.SigningKey:
+    path = chosen.key or config.load().state / "keys/trainer.pem"
+    return signer.load(path, chosen.passphrase_file)
 
 
 def _serialization(

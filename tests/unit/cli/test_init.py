@@ -23,6 +23,7 @@ WRITTEN = [
     "policies/developer.yaml",
     ".ztserve/keys/trainer.pem",
     ".ztserve/keys/deployer.pem",
+    ".ztserve/keys/timestamp.pem",
     ".ztserve/trust.toml",
 ]
 
@@ -67,7 +68,7 @@ def test_nobody_else_may_write_and_keys_are_their_owners(empty, mask):
     for path in project.rglob("*"):
         assert not mode(path) & 0o022, path
     assert mode(project / ".ztserve") == mode(project / ".ztserve/keys") == 0o700
-    for key in ("trainer", "deployer"):
+    for key in ("trainer", "deployer", "timestamp"):
         assert mode(project / f".ztserve/keys/{key}.pem") == 0o600
     assert config.load(project / "ztserve.toml")
 
@@ -84,6 +85,8 @@ def test_the_trust_policy_names_a_trainer_and_a_deployer(project):
         "development trainer": {"trainer"},
         "development deployer": {"deployer"},
     }
+    (clock,) = trust.timestamp_authorities
+    assert clock.name == "development clock"
 
 
 def test_a_trust_policy_elsewhere_finds_its_keys(ztserve, empty):

@@ -118,12 +118,15 @@ def load_certificates(pem: bytes, where: str, limit: int) -> list[x509.Certifica
     return found
 
 
-def verify_svid(envelope: Envelope, bundles: Sequence[Bundle], at: datetime) -> Peer:
+def verify_svid(
+    envelope: Envelope, bundles: Sequence[Bundle], at: datetime, *, proven: bool
+) -> Peer:
     """Return whose SVID the envelope's chain was at that time; VerificationError.
 
     All that `verify_peer` asks of a peer holds here: one URI name, a workload's SPIFFE
     ID; no CA; key usage digitalSignature; a path to a root that its trust domain
-    had in force, every certificate of it valid at that time.
+    had in force, every certificate of it valid at that time. `proven`: a timestamp
+    says that it was then, not merely our clock that it is now.
     """
     roots: dict[str, list[bytes]] = {}
     for bundle in bundles:
@@ -133,9 +136,14 @@ def verify_svid(envelope: Envelope, bundles: Sequence[Bundle], at: datetime) -> 
     try:
         return verify_peer(envelope.chain, roots, now=at)
     except Unauthenticated as error:
+        source = (
+            "the time of its timestamp"
+            if proven
+            else "now, as no timestamp of a [[timestamp_authorities]] says when it was"
+        )
         raise VerificationError(
             f"{envelope.what}: the signer's certificate, judged at "
-            f"{at:%Y-%m-%d %H:%M:%S} UTC: {error.reason}"
+            f"{at:%Y-%m-%d %H:%M:%S} UTC ({source}): {error.reason}"
         ) from error
 
 

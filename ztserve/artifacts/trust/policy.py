@@ -209,7 +209,7 @@ class TrustPolicy:
         if proven is not None:
             self._check_proof(envelope, proven)
         at = moment if proven is None else proven.at
-        signer, key = self._signer(envelope, at)
+        signer, key = self._signer(envelope, at, proven=proven is not None)
         check_signature(envelope, key)
         here = f"{envelope.what}: signer {signer.name!r}"
         if role not in signer.roles:
@@ -256,9 +256,11 @@ class TrustPolicy:
         except Malformed as error:
             raise VerificationError(f"{envelope.what}: {error}") from error
 
-    def _signer(self, envelope: Envelope, at: datetime) -> tuple[Signer, PublicKey]:
+    def _signer(
+        self, envelope: Envelope, at: datetime, *, proven: bool
+    ) -> tuple[Signer, PublicKey]:
         if envelope.chain:
-            spiffe = verify_svid(envelope, self.bundles, at).id
+            spiffe = verify_svid(envelope, self.bundles, at, proven=proven).id
             for signer in self.signers:
                 if signer.spiffe == spiffe:
                     return signer, leaf_key(envelope.chain)

@@ -1,0 +1,86 @@
+"""What ``ztserve sign`` signs with beside a plain key: an SVID, a timestamp."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ztserve import config, identity
+from ztserve.artifacts import publish
+from ztserve.errors import ConfigError
+from ztserve.identity.svid import pem
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--svid`` and ``--timestamp``."""
+    parser.add_argument(
+        "--svid",
+        action="store_true",
+        help="sign with the SVID that the node's SPIFFE agent gives to this process, "
+        "and with a timestamp; --key is not used then",
+    )
+    parser.add_argument(
+        "--timestamp",
+        metavar="AUTHORITY",
+        help="stamp the signature: an RFC 3161 authority's URL, or the file of one in "
+        "process (with --svid by default the development authority's)",
+    )
+
+
+def signer(
+    chosen: argparse.Namespace, load_key: Callable[[], publish.SigningKey]
+) -> publish.StatementSigner:
+    """Return what the arguments name; `load_key` is asked where it is a key.
+
+    With an SVID the roots of this day are archived beside the state, and the tables
+    that the trust policy needs are printed once for them. Raises ConfigError, and
+    IdentityError without an agent.
+    """
+    if not chosen.svid:
+        return _stamped(load_key(), chosen.timestamp)
+    if chosen.key is not None:
+        raise ConfigError("--svid and --key: choose what is to sign")
+    identity.harden_process()
+    settings = config.load()
+    with config.obtain_identity(settings) as source:
+        current = source.current()
+    where = chosen.timestamp or str(settings.state / "keys" / "timestamp.pem")
+    signing = _stamped(publish.SvidKey(current.svid), where)
+    _archive(current, settings)
+    return signing
+
+
+def _stamped(
+    signing: publish.StatementSigner, where: str | None
+) -> publish.StatementSigner:
+    if where is None:
+        return signing
+    authority = where if "://" in where else publish.load_authority(where)
+    return publish.TimestampedSigner(signing, publish.stamp_with(authority))
+
+
+def _archive(current: identity.Identity, settings: config.Settings) -> None:
+    """Keep the roots under which the SVID is good now: tomorrow they may be others."""
+    domain = current.svid.id.trust_domain
+    roots = pem(current.bundles[domain])
+    folder = settings.state / "bundles"
+    folder.mkdir(mode=0o755, exist_ok=True)
+    path = folder / f"{domain}-{hashlib.sha256(roots).hexdigest()[:16]}.pem"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(roots)
+    beside = os.path.relpath(path, settings.artifacts.trust_policy.parent)
+    name = Path(current.svid.id.path).name
+    print(
+        "# for the trust policy, once:\n"
+        f"[[signers]]\nname = {json.dumps(name)}\n"
+        f'spiffe = "{current.svid.id}"\nroles = ["trainer"]\n\n'
+        f'[[bundles]]\ntrust_domain = "{domain}"\nroots = {json.dumps(beside)}\n',
+        file=sys.stderr,  # the signature's facts alone are the answer
+    )
