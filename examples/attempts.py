@@ -37,7 +37,7 @@ def attempts(settings: config.Settings, options: dict[str, Any]) -> Iterator[See
     """
     door = _door(settings)
     trust = settings.artifacts.trust_policy
-    registry = settings.artifacts.registry
+    registry = settings.artifacts.folder
 
     def load(root: Path, ref: str, policy: Path) -> object:
         return _deploy(settings, root, ref, policy, options)

@@ -107,12 +107,12 @@ def publish(settings: config.Settings) -> float:
     trust = TrustPolicy.load(settings.artifacts.trust_policy)
     for name in ("digits", "chat"):
         with suppress(ArtifactError):
-            verify_model(settings.artifacts.registry, f"{name}:1", trust)
+            verify_model(settings.artifacts.folder, f"{name}:1", trust)
             continue
         _train(settings, name)
     facts = {}
     for name in ("digits", "chat"):
-        model = verify_model(settings.artifacts.registry, f"{name}@production", trust)
+        model = verify_model(settings.artifacts.folder, f"{name}@production", trust)
         facts[name] = json.loads(model.read("config.json"))
         signers = " and ".join(f"{s.name} as {s.role}" for s in model.signers)
         console.print(f"  {name}:1 {model.digest[:19]}…  signed by {signers}")

@@ -68,7 +68,7 @@ def _publish(folder: Path, settings: Settings, name: str, version: str) -> Resol
     deployer = publish.load_signer(keys / "deployer.pem")
     publish.release_model(folder, deployer, name=name, version=version)
     return publish.publish(
-        folder, settings.artifacts.registry, name=name, version=version
+        folder, settings.artifacts.folder, name=name, version=version
     )
 
 

@@ -8,6 +8,7 @@ the offline half: `ztserve.artifacts.publish`, which nothing that serves imports
 
 from ztserve.artifacts.loading.loader import verify_model
 from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.registry.address import Access, RegistryUrl, read_access
 from ztserve.artifacts.registry.protocol import (
     Reader,
     Registry,
@@ -19,8 +20,10 @@ from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.artifacts.trust.signers import Role, SignedBy, Signer
 
 __all__ = [
+    "Access",
     "Reader",
     "Registry",
+    "RegistryUrl",
     "Release",
     "Resolved",
     "Role",
@@ -29,5 +32,6 @@ __all__ = [
     "TrustPolicy",
     "VerifiedModel",
     "open_registry",
+    "read_access",
     "verify_model",
 ]

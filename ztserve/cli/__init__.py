@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "sign": "sign a model directory, as the trainer",
     "verify": "verify a model as a replica would",
     "publish": "release a signed model as name:version, and put it into the registry",
+    "registry": "push a published model to a registry server",
     "svid": "write the developer's SVID, key and trust bundle to files",
     "quarantine": "refuse a principal or a stolen SVID at once, or let it in again",
     "agent": "show or stop the embedded identity agent",

@@ -34,7 +34,7 @@ def run(chosen: argparse.Namespace) -> int:
     publish.release_model(chosen.directory, key, name=ref.name, version=ref.version)
     model = publish.publish(
         chosen.directory,
-        chosen.registry or settings.artifacts.registry,
+        chosen.registry or settings.artifacts.folder,
         name=ref.name,
         version=ref.version,
         aliases=chosen.alias or ["production"],

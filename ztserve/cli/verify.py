@@ -14,7 +14,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        type=Path,
         help="a registry or signed directory (default: ztserve.toml's registry)",
     )
     parser.add_argument("--trust", type=Path, help="default: ztserve.toml's")
@@ -28,7 +27,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Verify every byte and print what was proved; refuse with exit code 2."""
     settings = config.load()
     trust = TrustPolicy.load(chosen.trust or settings.artifacts.trust_policy)
-    source = chosen.source or settings.artifacts.registry
+    source = chosen.source or config.open_registry(settings)
     model = verify_model(source, chosen.model, trust, purpose=chosen.purpose)
     facts = {
         "model": model.name,

@@ -18,6 +18,7 @@ from ztserve.config.rooms import (
     obtain_identity,
     open_log,
     open_quarantine,
+    open_registry,
     open_tokens,
     record_refusal,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "obtain_identity",
     "open_log",
     "open_quarantine",
+    "open_registry",
     "open_tokens",
     "process_environment",
     "ray_auth_mode",

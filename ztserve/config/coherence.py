@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
@@ -21,6 +22,7 @@ def coherent(settings: Settings) -> Settings:
     _check_ids(settings)
     _check_profile(settings)
     _check_ports(settings)
+    _check_registry(settings)
     return _located(settings)
 
 
@@ -110,6 +112,15 @@ def _check_ports(settings: Settings) -> None:
         )
 
 
+def _check_registry(settings: Settings) -> None:
+    artifacts = settings.artifacts
+    if artifacts.registry_credentials and isinstance(artifacts.registry, Path):
+        raise ConfigError(
+            f"[artifacts] registry_credentials: {artifacts.registry} is a folder, "
+            "which asks for none; leave it out, or name a server"
+        )
+
+
 def _located(settings: Settings) -> Settings:
     base = settings.base
     artifacts, audit = settings.artifacts, settings.audit
@@ -128,7 +139,11 @@ def _located(settings: Settings) -> Settings:
         ),
         artifacts=replace(
             artifacts,
-            registry=base / artifacts.registry,
+            registry=base / artifacts.registry
+            if isinstance(artifacts.registry, Path)
+            else artifacts.registry,
+            registry_credentials=artifacts.registry_credentials
+            and base / artifacts.registry_credentials,
             trust_policy=base / artifacts.trust_policy,
         ),
         authorization=replace(

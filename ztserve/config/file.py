@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from ztserve.artifacts import RegistryUrl
 from ztserve.config import environment
 from ztserve.config.coherence import coherent
 from ztserve.config.settings import FILE, Between, Settings
@@ -142,6 +143,8 @@ def _value(value: Any, kind: Any, where: str) -> Any:
                 f"{where}: {value!r} is none of {', '.join(map(repr, parameters))}"
             )
         return value
+    if RegistryUrl in parameters and isinstance(value, str) and "://" in value:
+        return RegistryUrl.parse(value)
     if origin is UnionType:  # or None, which TOML cannot say
         return _value(value, parameters[0], where)
     if origin is Annotated:

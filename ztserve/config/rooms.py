@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ztserve import identity, transport
+from ztserve import artifacts, identity, transport
 from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.config import environment
@@ -189,6 +189,17 @@ def record_refusal(log: Log, refusal: transport.Refusal) -> None:
         principal=refusal.peer.id if refusal.peer else "",
         address=f"{refusal.source_ip}:{refusal.source_port}",
     )
+
+
+def open_registry(settings: Settings) -> artifacts.Registry:
+    """Open the registry of models, read only, with our credentials for it.
+
+    Raises RegistryError where there is nothing, ConfigError where they are unusable.
+    """
+    chosen = settings.artifacts
+    path = chosen.registry_credentials
+    access = artifacts.read_access(path) if path else None
+    return artifacts.open_registry(chosen.registry, access)
 
 
 def load_policies(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
+from ztserve.artifacts import RegistryUrl
+from ztserve.errors import ConfigError
 from ztserve.identity import SpiffeId
 
 FILE = "ztserve.toml"
@@ -66,10 +68,23 @@ class IdentitySettings:
 class ArtifactSettings:
     """Which weights, and whose signature counts?"""
 
-    registry: Path = Path(".ztserve/registry")
+    registry: Path | RegistryUrl = Path(".ztserve/registry")
+    """A folder, or oci+https://HOST/PATH or mlflow+https://HOST."""
+    registry_credentials: Path | None = None
+    """A file of mode 0600 with what a registry's server asks for."""
     trust_policy: Path = Path(".ztserve/trust.toml")
     wait_s: Seconds = 60.0
     """Longest wait for a registry that is away."""
+
+    @property
+    def folder(self) -> Path:
+        """The registry as a folder to publish into; ConfigError if it is a server."""
+        if isinstance(self.registry, Path):
+            return self.registry
+        raise ConfigError(
+            f"[artifacts] registry: {self.registry} is read only; publish into a "
+            "folder (--registry FOLDER), then `ztserve registry push`"
+        )
 
 
 @dataclass(frozen=True, slots=True)

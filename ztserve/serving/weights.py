@@ -8,11 +8,10 @@ from ztserve.artifacts import (
     Registry,
     TrustPolicy,
     VerifiedModel,
-    open_registry,
     verify_model,
 )
 from ztserve.audit import Log
-from ztserve.config import Settings
+from ztserve.config import Settings, open_registry
 from ztserve.errors import ArtifactError, RegistryError
 from ztserve.types import ModelRef
 
@@ -26,7 +25,7 @@ _RETRY_S = 0.5
 def check_published(settings: Settings, refs: Iterable[ModelRef]) -> None:
     """Raise ArtifactError where a replica would find no such model, or no policy."""
     TrustPolicy.load(settings.artifacts.trust_policy)
-    registry = open_registry(settings.artifacts.registry)
+    registry = open_registry(settings)
     for ref in refs:
         registry.resolve(ref)
 
@@ -39,6 +38,7 @@ class Weights:
     """
 
     def __init__(self, settings: Settings, log: Log, pin: Pin) -> None:
+        self._all = settings
         self._settings = settings.artifacts
         self._log = log
         self._pin = pin
@@ -50,7 +50,7 @@ class Weights:
             return {}
         try:
             trust = TrustPolicy.load(self._settings.trust_policy)
-            registry = self._patiently(lambda: open_registry(self._settings.registry))
+            registry = self._patiently(lambda: open_registry(self._all))
             return {
                 part: self._verify(registry, part, ref, trust)
                 for part, ref in refs.items()

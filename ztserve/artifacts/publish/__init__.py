@@ -12,6 +12,7 @@ from ztserve.artifacts.publish.keys import (
     new_key,
     read_passphrase,
 )
+from ztserve.artifacts.publish.push import push
 from ztserve.artifacts.publish.registry import publish, set_alias
 from ztserve.artifacts.publish.signing import (
     SHARD_BYTES,
@@ -52,6 +53,7 @@ __all__ = [
     "new_authority",
     "new_key",
     "publish",
+    "push",
     "read_passphrase",
     "release_model",
     "release_statement",

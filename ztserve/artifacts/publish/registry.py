@@ -222,6 +222,8 @@ def _write_image(
         "artifactType": ARTIFACT_TYPE,
         "config": {"mediaType": EMPTY_TYPE, **_write_blob(root, memoryview(_EMPTY))},
         "layers": layers,
+        # In here as well: what is copied to a registry of images has no index.
+        "annotations": {NAME: model.name, VERSION: model.version, DIGEST: model.digest},
     }
     text = json.dumps(image).encode()
     parse_layers(text, str(model.ref))  # or nobody could read it again

@@ -4,15 +4,19 @@ Whatever a registry answers is a claim until `loader.verify_model` has checked i
 what it can do wrong at most is to be away. Five verbs, none of which writes.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from ztserve.errors import ConfigError, RegistryError
 from ztserve.types import ModelRef
+
+if TYPE_CHECKING:
+    import os
+
+    from ztserve.artifacts.registry.address import Access, RegistryUrl
 
 
 class Reader(Protocol):
@@ -82,17 +86,28 @@ class Registry(Protocol):
         """Open one of its files."""
 
 
-def open_registry(path: str | os.PathLike[str]) -> Registry:
-    """Open the registry at `path`: an OCI image layout, or one signed directory.
+def open_registry(
+    source: "str | os.PathLike[str] | RegistryUrl", access: "Access | None" = None
+) -> Registry:
+    """Open an OCI image layout or one signed directory by its path, or a server.
 
-    Reads nothing yet beyond telling the two apart; raises RegistryError where there
-    is nothing at `path` (now: a mount may still come).
+    A server is named by its address; `access` is for that. Reads nothing yet beyond
+    telling the two kinds of path apart; raises RegistryError where there is nothing at
+    a path (now: a mount may still come), ConfigError where an address is none.
     """
-    # Here, not above: both implement the protocol and import it from this module.
+    # Here, not above: these implement the protocol and import it from this module.
+    from ztserve.artifacts.registry.address import Access, RegistryUrl
     from ztserve.artifacts.registry.directory import DirectoryRegistry
+    from ztserve.artifacts.registry.distribution import DistributionRegistry
     from ztserve.artifacts.registry.layout import LAYOUT_FILE, LayoutRegistry
+    from ztserve.artifacts.registry.mlflow import MlflowRegistry
 
-    root = Path(path).absolute()
+    if isinstance(source, str) and "://" in source:
+        source = RegistryUrl.parse(source)
+    if isinstance(source, RegistryUrl):
+        kind = DistributionRegistry if source.kind == "oci" else MlflowRegistry
+        return kind(source, access or Access())
+    root = Path(source).absolute()
     try:
         is_layout = (root / LAYOUT_FILE).is_file()
     except OSError as error:
