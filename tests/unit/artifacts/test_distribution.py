@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -100,6 +101,19 @@ def test_windows_double_where_a_file_is_read_in_order(server, registry, one):
         "bytes=60-139",
         f"bytes=140-{min(299, size - 1)}",
     ]
+
+
+def test_threads_may_share_a_reader(server, registry, one):
+    with registry.open(one, "model.safetensors") as reader:
+        memory = memoryview(bytearray(reader.size))
+        with ThreadPoolExecutor(4) as pool:
+            done = pool.map(
+                lambda at: reader.read_into(memory[at : at + 8], at),
+                range(0, reader.size, 8),
+            )
+        assert sum(done) == reader.size
+    layer = json.loads(server.blob(server.image("digits", "1")))["layers"][1]
+    assert memory.tobytes() == server.blob(layer["digest"])
 
 
 def test_connections_are_kept_and_made_anew_when_the_server_closed_them(

@@ -4,6 +4,7 @@ The offline half of artifacts: training and deployment pipelines use it, with ke
 that serving never sees. Nothing that serves imports it.
 """
 
+from ztserve.artifacts.publish.distribution import push
 from ztserve.artifacts.publish.keys import (
     CURVES,
     NewKey,
@@ -12,7 +13,6 @@ from ztserve.artifacts.publish.keys import (
     new_key,
     read_passphrase,
 )
-from ztserve.artifacts.publish.push import push
 from ztserve.artifacts.publish.registry import publish, set_alias
 from ztserve.artifacts.publish.signing import (
     SHARD_BYTES,
