@@ -1,8 +1,12 @@
 """Signers by SPIFFE ID, bundles and timestamp authorities in a trust policy."""
 
+import base64
 import json
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from tests.unit.artifacts.studio import DAY, MINUTE, PAST, TRAINER, Clock, Studio
 from tests.unit.artifacts.workshop import pem, signing_key
@@ -189,4 +193,47 @@ def test_a_bundle_that_is_not_exactly_the_format_is_refused(studio, change, mess
     raw = json.loads(studio.signer().envelope(b"{}"))
     change(raw["verificationMaterial"])
     with pytest.raises(VerificationError, match=message):
+        parse_envelope(json.dumps(raw).encode(), what="x.sig")
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    studio = Studio(tmp_path_factory.mktemp("fuzzed"))
+    return studio.trust, studio.signer().envelope(b"{}")
+
+
+@pytest.mark.slow
+@given(some.integers(0, 2000), some.integers(0, 255))
+@settings(max_examples=500, deadline=None)
+def test_whatever_a_byte_of_a_chain_becomes_it_is_judged_or_refused(
+    fuzzed, position, value
+):
+    trust, good = fuzzed
+    raw = json.loads(good)
+    (entry,) = raw["verificationMaterial"]["x509CertificateChain"]["certificates"]
+    der = bytearray(base64.b64decode(entry["rawBytes"]))
+    der[position % len(der)] = value
+    entry["rawBytes"] = base64.b64encode(der).decode()
+    try:
+        envelope = parse_envelope(json.dumps(raw).encode(), what="x.sig")
+        trust.verify(envelope, "trainer")
+    except VerificationError:
+        return
+    assert entry["rawBytes"] in good.decode()
+
+
+@pytest.mark.parametrize("kind", ["keys", "serials"])
+def test_a_root_that_is_revoked_cannot_stay_in_a_bundle(studio, kind):
+    (value,) = getattr(studio.trust.bundles[0], kind)
+    with pytest.raises(ConfigError, match=r"in \[\[bundles\]\] and in \[revoked\]: ta"):
+        studio.write_policy(tail=f'[revoked]\n{kind} = ["{value}"]\n')
+
+
+@pytest.mark.slow
+def test_a_certificate_with_a_key_that_the_format_lacks_is_refused(studio):
+    svid = studio.spire.forge(TRAINER, key=rsa.generate_private_key(65537, 2048))
+    raw = json.loads(studio.signer().envelope(b"{}"))
+    (entry,) = raw["verificationMaterial"]["x509CertificateChain"]["certificates"]
+    entry["rawBytes"] = base64.b64encode(svid.chain_der[0]).decode()
+    with pytest.raises(VerificationError, match=r"signer.s certificate is .*RSA"):
         parse_envelope(json.dumps(raw).encode(), what="x.sig")

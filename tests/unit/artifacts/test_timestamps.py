@@ -8,23 +8,27 @@ import rfc3161_client
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from tests.unit.artifacts.studio import MINUTE, PAST, Clock, stamps, timestamping
+from ztserve import types
 from ztserve.artifacts.publish import LocalAuthority, load_authority, new_authority
 from ztserve.artifacts.publish import timestamps as issuing
 from ztserve.artifacts.publish.stamping import query
 from ztserve.artifacts.statements import der
 from ztserve.artifacts.statements import timestamps as statements
+from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.statements.timestamps import (
     check_timestamp,
     parse_timestamp,
     signing_certificate,
 )
-from ztserve.errors import ConfigError
-from ztserve.identity.authority.certificates import sign_certificate
+from ztserve.artifacts.trust.timestamping import TimestampAuthority, proven_time
+from ztserve.errors import ConfigError, VerificationError
+from ztserve.identity.authority.certificates import key_usage, sign_certificate
 
 CLOCK = Clock()
 STAMP = stamps(CLOCK.authority, PAST)(b"message")
@@ -122,15 +126,25 @@ def test_we_read_and_judge_openssls_timestamps(openssl, tmp_path, kind, digest):
         if kind == "rsa"
         else ec.generate_private_key(ec.SECP384R1())
     )
-    answer = openssl_stamp(openssl, tmp_path, key, digest, "sha256")
+    clock = Clock()
+    answer = openssl_stamp(openssl, tmp_path, clock, key, digest, "sha256")
     assert judge(answer).hash.name == "sha256"
+    proven = proven_time(stamped(answer), [of(clock)], now=types.now())
+    assert proven.path[-1] == clock.root
     with pytest.raises(Malformed, match="signingCertificateV2 is missing"):
-        parse_timestamp(openssl_stamp(openssl, tmp_path, key, digest, "sha1"))
+        parse_timestamp(openssl_stamp(openssl, tmp_path, clock, key, digest, "sha1"))
 
 
-def openssl_stamp(openssl, folder, key, digest, ess):
-    clock = Clock(key=key) if isinstance(key, ec.EllipticCurvePrivateKey) else None
-    certificate = clock.authority.certificates[0] if clock else certify(key)
+def of(clock):
+    return TimestampAuthority("clock", clock.root)
+
+
+def stamped(*timestamps):
+    return Envelope("x.sig", b"", "", b"message", "", timestamps=timestamps)
+
+
+def openssl_stamp(openssl, folder, clock, key, digest, ess):
+    certificate = certify(clock, key)
     (folder / "key").write_bytes(
         key.private_bytes(
             serialization.Encoding.PEM,
@@ -147,12 +161,11 @@ def openssl_stamp(openssl, folder, key, digest, ess):
     return (folder / "stamp").read_bytes()
 
 
-def certify(key):
-    """A certificate for a key that is not elliptic-curve, from a clock's root."""
-    clock = Clock()
+def certify(clock, key):
+    """A certificate for timestamping, from a clock's root."""
     return sign_certificate(
         key.public_key(),
-        x509.Name.from_rfc4514_string("CN=an RSA clock"),
+        x509.Name.from_rfc4514_string("CN=another clock"),
         clock.validity,
         timestamping(),
         issuer=clock.root.subject,
@@ -251,6 +264,19 @@ def test_a_changed_signature_is_refused():
 
 
 @pytest.mark.slow
+@given(some.integers(0, len(STAMP) - 1), some.integers(0, 255))
+@settings(max_examples=1000, deadline=None)
+def test_whatever_a_byte_becomes_the_time_is_proven_or_refused(position, value):
+    raw = bytearray(STAMP)
+    raw[position] = value
+    try:
+        proven = proven_time(stamped(bytes(raw)), [of(CLOCK)], now=types.now())
+    except VerificationError:
+        return
+    assert proven.at == PAST
+
+
+@pytest.mark.slow
 @given(some.integers(0, len(STAMP) - 1), some.integers(1, 255))
 @settings(max_examples=300, deadline=None)
 def test_a_byte_that_is_changed_never_counts_as_another_time(position, change):
@@ -340,3 +366,43 @@ WANTED = der.element(der.BOOLEAN, b"\xff")
 def test_a_query_that_is_not_understood_is_not_answered(parts, message):
     with pytest.raises(Malformed, match=message):
         CLOCK.authority.answer(der.sequence(*parts))
+
+
+# --- certificates that cost, or are weak ------------------------------------------
+
+
+def with_certificates(*others):
+    """A timestamp with further certificates that nobody signed."""
+    authority = LocalAuthority(
+        CLOCK.authority._key, (*CLOCK.authority.certificates, *others)
+    )
+    return stamped(stamps(authority, PAST)(b"message"))
+
+
+def test_certificates_that_would_cost_seconds_are_refused():
+    weak = certify(CLOCK, ec.generate_private_key(ec.SECP224R1()))
+    with pytest.raises(VerificationError, match="key below the floor or too costly"):
+        proven_time(with_certificates(weak), [of(CLOCK)], now=types.now())
+    twin = Clock().root  # of the same name as ours
+    with pytest.raises(VerificationError, match=r"two certificates .* have one name"):
+        proven_time(with_certificates(twin), [of(CLOCK)], now=types.now())
+    other = certify(CLOCK, ec.generate_private_key(ec.SECP256R1()))
+    assert proven_time(with_certificates(other), [of(CLOCK)], now=types.now())
+
+
+def test_a_certificate_of_a_ca_or_for_no_signatures_does_not_stamp():
+    uses = (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.TIME_STAMPING]), True)
+    ca = (x509.BasicConstraints(ca=True, path_length=0), True)
+    for extensions, message in (
+        ((uses, ca), "certificate is that of a CA"),
+        ((uses, (key_usage("key_agreement"), True)), "lacks digitalSignature"),
+    ):
+        clock = Clock(extensions=extensions)
+        raw = stamps(clock.authority, PAST)(b"message")
+        with pytest.raises(VerificationError, match=message):
+            proven_time(stamped(raw), [of(clock)], now=types.now())
+
+
+def test_without_timestamps_or_authorities_nothing_is_proven():
+    assert proven_time(stamped(), [of(CLOCK)], now=types.now()) is None
+    assert proven_time(stamped(b"anything"), [], now=types.now()) is None

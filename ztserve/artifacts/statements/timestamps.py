@@ -143,11 +143,12 @@ def _certificates(raw: bytes) -> tuple[x509.Certificate, ...]:
 
 
 def parse_certificate(raw: bytes, whose: str) -> x509.Certificate:
-    """Parse a DER certificate, its extensions and its key too; raises Malformed."""
+    """Parse a DER certificate, all that is parsed late too; raises Malformed."""
     try:
         certificate = x509.load_der_x509_certificate(raw)
         certificate.public_key()
         len(list(certificate.extensions))
+        hash((certificate.subject, certificate.issuer, certificate.serial_number))
     except Exception as error:
         # Parsers raise many kinds of error on hostile bytes; each means the same.
         raise Malformed(f"{whose} certificate is malformed: {error!r:.200}") from error
@@ -318,9 +319,13 @@ def signing_certificate(timestamp: Timestamp) -> x509.Certificate:
             break
     else:
         raise Malformed("the timestamp lacks the certificate that its authority signed")
-    named = der.sequence(
-        certificate.issuer.public_bytes(), der.integer(certificate.serial_number)
+    # The bytes of the certificate itself: to encode a name anew could change it.
+    parts = der.read(certificate.tbs_certificate_bytes, "certificate").items(
+        der.SEQUENCE, "certificate"
     )
+    parts.optional(CONTEXT_0)
+    serial, _, issuer = parts.next(), parts.next(), parts.next()
+    named = der.sequence(issuer.raw, serial.raw)
     if named != signed.issuer_and_serial:
         raise Malformed("the timestamp names another certificate as its signer's")
     return certificate

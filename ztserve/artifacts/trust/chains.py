@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.strict import Malformed
-from ztserve.artifacts.statements.timestamps import parse_certificate
+from ztserve.artifacts.statements.timestamps import der_of, parse_certificate
 from ztserve.artifacts.trust.signers import (
     load_text,
     only,
@@ -48,6 +48,10 @@ class Bundle:
     trust_domain: str
     roots: tuple[bytes, ...]
     """Certificates in DER."""
+    keys: frozenset[str]
+    """``sha256:<hex>`` of the roots' keys."""
+    serials: frozenset[str]
+    """The roots' serial numbers, in hex."""
     not_before: datetime | None = None
     not_after: datetime | None = None
 
@@ -89,17 +93,18 @@ def _parse_bundle(
     pem = load_text(text, path.parent, f"{where}: roots", inline=inline)
     try:
         name = trust_domain_name(domain)
-        roots = tuple(
-            certificate.public_bytes(serialization.Encoding.DER)
+        roots = [
+            read_authority(der_of(certificate), f"{where}: a root")
             for certificate in load_certificates(pem, f"{where}: roots", MAX_ROOTS)
-        )
-        read = [read_authority(der, f"{where}: a root") for der in roots]
-        check_subjects(read, where)
+        ]
+        check_subjects(roots, where)
     except IdentityError as error:
         raise ConfigError(f"{where}: {error}") from error
     return Bundle(
         trust_domain=name,
-        roots=roots,
+        roots=tuple(map(der_of, roots)),
+        keys=key_ids(roots),
+        serials=serials(roots),
         not_before=take_time(entry, "not_before", where),
         not_after=take_time(entry, "not_after", where),
     )

@@ -115,6 +115,11 @@ class TrustPolicy:
     def __post_init__(self) -> None:
         if not self.signers:
             raise ConfigError("a trust policy without signers would trust nobody")
+        self._check_roots()
+        check_authorities_apart(self.timestamp_authorities, self.signers, self.bundles)
+
+    def _check_roots(self) -> None:
+        """Refuse signers whose domain has no roots, and roots that are revoked."""
         domains = {bundle.trust_domain for bundle in self.bundles}
         for signer in self.signers:
             if signer.spiffe and signer.spiffe.trust_domain not in domains:
@@ -122,7 +127,12 @@ class TrustPolicy:
                     f"signer {signer.name!r} is of the trust domain "
                     f"{signer.spiffe.trust_domain}, whose roots no [[bundles]] holds"
                 )
-        check_authorities_apart(self.timestamp_authorities, self.signers, self.bundles)
+        for bundle in self.bundles:
+            if bundle.keys & self.revoked_keys or bundle.serials & self.revoked_serials:
+                raise ConfigError(
+                    f"a root of {bundle.trust_domain} is in [[bundles]] and in "
+                    "[revoked]: take it out of the bundle"
+                )
 
     @classmethod
     def load(
@@ -250,7 +260,9 @@ class TrustPolicy:
     def _check_proof(self, envelope: Envelope, proven: ProvenTime) -> None:
         what = f"{envelope.what}: timestamp by {proven.authority!r}"
         self._check_keys(what, key_ids(proven.path), serials(proven.path))
-        keys = key_ids(certificates(envelope)) | {envelope.key_id}
+        keys = key_ids(certificates(envelope)).union(
+            [envelope.key_id], *(bundle.keys for bundle in self.bundles)
+        )
         try:
             check_apart(proven, keys)
         except Malformed as error:

@@ -203,10 +203,8 @@ def check_authorities_apart(
     bundles: Sequence[Bundle],
 ) -> None:
     """Raise ConfigError where an authority is a signer, or certifies signers."""
-    theirs = {signer.key_id for signer in signers if signer.key_id} | key_ids(
-        x509.load_der_x509_certificate(root)
-        for bundle in bundles
-        for root in bundle.roots
+    theirs = {signer.key_id for signer in signers if signer.key_id}.union(
+        *(bundle.keys for bundle in bundles)
     )
     for authority in authorities:
         if key_ids([authority.root]) & theirs:
@@ -237,6 +235,9 @@ def find_authority(
             return authority, tuple(verifier.verify(certificate, others).chain)
         except NoPath as error:
             reasons.append(f"{authority.name}: {str(error)!r:.200}")
+        except Exception as error:
+            # Its parsers raise many kinds of error on hostile bytes.
+            raise Malformed(f"a timestamp's certificate: {error!r:.200}") from error
     raise Malformed(
         f"the timestamp of {timestamp.time:%Y-%m-%d %H:%M:%S} UTC is by none of the "
         f"trust policy's [[timestamp_authorities]] ({'; '.join(reasons)})"
