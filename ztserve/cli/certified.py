@@ -8,8 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cryptography import x509
+
 from ztserve import config, identity
 from ztserve.artifacts import publish
+from ztserve.artifacts.statements.envelope import Envelope
+from ztserve.artifacts.statements.timestamps import parse_timestamp
+from ztserve.artifacts.trust.chains import certificates
 from ztserve.errors import ConfigError
 from ztserve.identity.svid import pem
 
@@ -51,6 +56,18 @@ def signer(
     signing = _stamped(publish.SvidKey(current.svid), where)
     _archive(current, settings)
     return signing
+
+
+def facts(envelope: Envelope) -> dict[str, str]:
+    """Return what a bundle says beside its key: whose SVID signed, and when (UTC)."""
+    found = {}
+    for leaf in certificates(envelope)[:1]:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        uris = names.value.get_values_for_type(x509.UniformResourceIdentifier)
+        found = {"spiffe": ", ".join(uris), "serial": f"{leaf.serial_number:x}"}
+    for raw in envelope.timestamps[:1]:
+        found["timestamp"] = f"{parse_timestamp(raw).time:%Y-%m-%dT%H:%M:%SZ}"
+    return found
 
 
 def _stamped(

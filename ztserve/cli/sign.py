@@ -64,6 +64,7 @@ def run(chosen: argparse.Namespace) -> int:
         "signature": str(path),
         "digest": manifest.digest,
         "key": envelope.key_id,
+        **certified.facts(envelope),
         "files": len(manifest.files),
         "bytes": sum(sizes.values()),
         "method": how.method,

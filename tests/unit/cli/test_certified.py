@@ -1,5 +1,6 @@
 """``ztserve sign`` with an SVID and timestamps, and ``ztserve key`` of an authority."""
 
+import json
 import stat
 
 import pytest
@@ -36,7 +37,15 @@ def test_sign_with_the_svid_of_the_agent(ztserve, project, agent, weights):
     # The roots of this day are archived, once.
     (archived,) = (project / ".ztserve/bundles").iterdir()
     assert stat.S_IMODE(archived.stat().st_mode) == 0o644
-    assert ztserve("sign", weights, "--svid").err == ""
+    again = ztserve("sign", weights, "--svid", "--json")
+    assert again.err == ""
+    told = json.loads(again.out)
+    assert told["spiffe"] == CLI
+    proven = TrustPolicy.load(trust).verify(envelope(weights), "trainer")
+    assert told["serial"] == proven.serial
+    assert told["timestamp"] == f"{proven.signed_at:%Y-%m-%dT%H:%M:%SZ}"
+    told = json.loads(ztserve("sign", weights, "--json").out)
+    assert not told.keys() & {"spiffe", "serial", "timestamp"}
 
 
 def test_sign_with_an_svid_needs_an_agent(ztserve, project, weights):
