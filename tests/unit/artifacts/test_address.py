@@ -2,6 +2,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ztserve.artifacts.registry as room
 from ztserve.artifacts import Access, RegistryUrl, open_registry, read_access
@@ -51,6 +53,21 @@ def test_an_address_that_is_none_is_refused(text, message):
         RegistryUrl.parse(text)
     with pytest.raises(ConfigError, match=message):
         open_registry(text)
+
+
+@pytest.mark.slow
+@given(st.one_of(st.text(), st.from_regex(r"https?://[!-~]{0,40}", fullmatch=True)))
+def test_any_text_is_an_address_or_a_config_error(text):
+    try:
+        url = RegistryUrl.parse(f"oci+{text}")
+    except ConfigError:
+        return
+    assert RegistryUrl.parse(str(url)) == url
+    assert (
+        url.origin.scheme == "https"
+        or url.origin.host in {"localhost", "::1"}
+        or (url.origin.host.startswith("127."))
+    )
 
 
 def test_an_address_holds_no_password_and_no_message_repeats_one():

@@ -3,10 +3,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.unit.artifacts.servers import LayoutServer, answer
+from tests.unit.artifacts.servers import LayoutServer, answer, serving
 from ztserve.artifacts import open_registry, verify_model
+from ztserve.artifacts.publish import publish, release_model, sign_model
 from ztserve.artifacts.registry.address import RegistryUrl
 from ztserve.artifacts.registry.distribution import DistributionRegistry, repository_of
+from ztserve.artifacts.statements.serialization import Serialization
 from ztserve.errors import RegistryError, VerificationError
 from ztserve.types import ModelRef
 
@@ -90,17 +92,24 @@ def test_files_are_read_by_ranges_into_the_callers_memory(server, registry, one)
 
 def test_windows_double_where_a_file_is_read_in_order(server, registry, one):
     with registry.open(one, "model.safetensors") as reader:
-        memory = memoryview(bytearray(20))
-        for offset in range(0, 160, 20):
-            assert reader.read_into(memory, offset) == 20
+        memory = memoryview(bytearray(8))
+        for offset in (*range(0, 64, 8), *range(100, 132, 8)):
+            assert reader.read_into(memory, offset) == 8
     asked = [h["range"] for _, _, h in server.requests if "range" in h]
-    size = reader.size
-    assert asked == [
-        "bytes=0-19",
-        "bytes=20-59",
-        "bytes=60-139",
-        f"bytes=140-{min(299, size - 1)}",
-    ]
+    assert asked[:4] == ["bytes=0-7", "bytes=8-15", "bytes=16-31", "bytes=32-63"]
+    assert asked[4:] == ["bytes=100-107", "bytes=108-115", "bytes=116-131"]
+    assert len(server._open) == 2  # the listener, and one for all, kept
+
+
+@pytest.mark.parametrize("shard_bytes", [64, 100])
+def test_a_model_in_shards_is_verified_by_ranges(workshop, shard_bytes):
+    root = workshop.model("sharded")
+    how = Serialization("sha256", shard_bytes)
+    sign_model(root, workshop.keys["trainer"], serialization=how)
+    release_model(root, workshop.keys["deployer"], name="shards", version="1")
+    publish(root, workshop.registry, name="shards", version="1")
+    with serving(LayoutServer(workshop.registry)) as server:
+        assert verify_model(server.url, "shards", workshop.trust).version == "1"
 
 
 def test_threads_may_share_a_reader(server, registry, one):

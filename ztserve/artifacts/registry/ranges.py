@@ -19,8 +19,8 @@ _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
 class RangeReader:
     """One file behind HTTP, read into the caller's memory; a `registry.Reader`.
 
-    Read in order, it asks for windows that double up to `MAX_WINDOW`; read elsewhere,
-    for just what is wanted.
+    It asks for what is wanted and, read in order, for as much as it has read already:
+    so windows double, up to `MAX_WINDOW`, and fit the loader's pieces of 2^n bytes.
     """
 
     def __init__(self, http: HttpReader, target: str, size: int) -> None:
@@ -30,7 +30,7 @@ class RangeReader:
         self._body: Body | None = None
         self._at = 0
         self._until = 0
-        self._window = 0
+        self._since = 0
         self._lock = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -60,11 +60,11 @@ class RangeReader:
         return wanted
 
     def _open(self, offset: int, wanted: int) -> Body:
-        in_order = offset == self._at
+        if offset != self._at:
+            self._since = offset
         self._finish()
-        doubled = min(2 * self._window, MAX_WINDOW) if in_order else 0
-        self._window = max(wanted, doubled)
-        self._until = min(offset + self._window, self.size)
+        window = max(wanted, min(offset - self._since, MAX_WINDOW))
+        self._until = min(offset + window, self.size)
         wanted_range = {"Range": f"bytes={offset}-{self._until - 1}"}
         self._body = body = self._http.ask(self._target, wanted_range)
         try:
