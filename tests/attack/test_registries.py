@@ -1,6 +1,7 @@
 """Attacks by registry servers: each is refused, and works where its control is off."""
 
 import json
+import socket
 import ssl
 import threading
 import time
@@ -374,6 +375,49 @@ def test_a_redirect_to_another_host_is_not_followed(server, workshop, monkeypatc
 def test_a_redirect_to_nowhere_good_is_refused(server, workshop, place, message):
     bent(server, "/manifests/", redirect(place))
     refused(server, workshop, message)
+
+
+def test_no_message_repeats_what_signs_a_redirect(server, workshop):
+    with serving(HttpServer(lambda *_: answer(status=403))) as other:
+        place = f"http://{other.authority}/x?Signature=secret"
+        bent(server, "/manifests/", lambda *_: answer(status=307, Location=place))
+        access = Access(hosts=frozenset({other.authority}))
+        with pytest.raises(RegistryError, match="/x: answers 403") as caught:
+            open_registry(server.url, access).resolve(ModelRef("digits"))
+        assert other.requests[0][1] == "/x?Signature=secret"
+        refused(server, workshop, "which is not the registry")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_redirect_of_any_length_is_refused(server, workshop):
+    bent(server, "/manifests/", redirect("/" * 9000))
+    refused(server, workshop, "is longer than 8192 characters")
+
+
+@pytest.mark.parametrize("addresses", [1, 8])
+def test_a_host_of_many_silent_addresses_is_given_one_time(
+    impatient, monkeypatch, addresses
+):
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    fillers = []
+    for _ in range(4):  # until nobody is let in any more
+        one = socket.socket()
+        one.setblocking(False)
+        one.connect_ex(full.getsockname())
+        fillers.append(one)
+    found = socket.getaddrinfo(*full.getsockname(), type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * addresses)
+    url = f"oci+http://127.0.0.1:{full.getsockname()[1]}/models"
+    began = time.monotonic()
+    with pytest.raises(RegistryError, match="no whole answer in time"):
+        open_registry(url).resolve(ModelRef("digits"))
+    assert time.monotonic() - began < 1
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):  # the standard library's way: a time for each
+        socket.create_connection(full.getsockname(), 0.3)
+    assert time.monotonic() - began > 0.25 * addresses
+    for one in (*fillers, full):
+        one.close()
 
 
 def test_redirects_in_a_circle_are_cut_off(server, workshop, monkeypatch):

@@ -39,7 +39,7 @@ class Connection:
         self.origin = origin
         self.until = until
         """On `time.monotonic`'s clock; whoever goes on using it sets it anew."""
-        plain = socket.create_connection((origin.host, origin.port), self.left())
+        plain = self._connected()
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = plain
         if context is not None:
@@ -49,6 +49,24 @@ class Connection:
             except BaseException:
                 plain.close()
                 raise
+
+    def _connected(self) -> socket.socket:
+        """Try each address in turn, all within the one time."""
+        last: OSError = ConnectionError(f"{self.origin.host} has no address")
+        found = socket.getaddrinfo(
+            self.origin.host, self.origin.port, type=socket.SOCK_STREAM
+        )
+        for family, kind, protocol, _, address in found:
+            plain = socket.socket(family, kind, protocol)
+            try:
+                plain.settimeout(self.left())
+                plain.connect(address)
+            except OSError as error:
+                plain.close()
+                last = error
+            else:
+                return plain
+        raise last
 
     def left(self) -> float:
         """Return the seconds left; TimeoutError if there are none."""

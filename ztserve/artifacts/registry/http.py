@@ -25,6 +25,7 @@ from ztserve.errors import ConfigError, RegistryError
 ANSWER_S = 10.0
 """For an answer as a whole, redirects and tokens included; for a range, its head."""
 MAX_REDIRECTS = 3
+MAX_LOCATION = 8192
 MAX_IDLE = 8
 MAX_TOKEN_BYTES = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -121,7 +122,9 @@ class HttpReader:
         """Return the answer of status 200 or 206, whoever gave it."""
         origin, asked, redirects = self._origin, False, 0
         while True:
-            url = f"{origin.scheme}://{origin.authority}{target}"
+            # Without the query: that of another host may hold a signature, a secret.
+            path = target.partition("?")[0]
+            url = f"{origin.scheme}://{origin.authority}{path}"
             more = dict(headers)
             if origin == self._origin and self._authorization:
                 more["Authorization"] = self._authorization
@@ -148,7 +151,7 @@ class HttpReader:
         self, origin: Origin, target: str, headers: Mapping[str, str], until: float
     ) -> tuple[Connection, HTTPResponse]:
         if not _TARGET.match(target):
-            raise RegistryError(f"{target[:300]!r} cannot be asked for: not a path")
+            raise RegistryError(f"{target[:100]!r} cannot be asked for: not a path")
         headers = {"Accept-Encoding": "identity", **headers}
         kept = self._kept(origin)
         if kept is not None:
@@ -176,11 +179,14 @@ class HttpReader:
         """Return where a redirect leads, if it may lead there."""
         location = response.getheader("Location", "")
         try:
+            if len(location) > MAX_LOCATION:
+                raise ValueError(f"is longer than {MAX_LOCATION} characters")
             parts = urlsplit(urljoin(url, location))
             origin = origin_of(parts)
         except ValueError as error:
+            shown = location.partition("?")[0][:300]
             raise RegistryError(
-                f"{url}: redirects to {location[:300]!r}, which {error}"
+                f"{url}: redirects to {shown!r}, which {error}"
             ) from error
         self._check_host(origin, f"{url}: redirects to")
         if url.startswith("https:") and origin.scheme != "https":
