@@ -47,6 +47,7 @@ def without_layer(server, title):
     return digest
 
 
+@pytest.mark.slow
 def test_a_model_is_verified_from_a_registry_over_http(workshop, server):
     for ref in ("digits", "digits:1", "digits@production"):
         model = verify_model(server.url, ref, workshop.trust)
@@ -186,6 +187,7 @@ def test_a_name_that_no_repository_can_have_is_refused(name):
         repository_of(url, name)
 
 
+@pytest.mark.slow
 def test_only_so_many_models_are_remembered(workshop, server, monkeypatch):
     monkeypatch.setattr("ztserve.artifacts.registry.distribution.MAX_REMEMBERED", 1)
     registry = open_registry(server.url)
