@@ -25,6 +25,18 @@ def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) ->
     Console(highlight=False).print(drawn)
 
 
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print what is known of one thing, a line each; in a pipe, with a tab between.
+
+    Nothing is cut off: a digest must be there to the last digit.
+    """
+    rows = [(printable(name), printable(str(value))) for name, value in pairs]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        between = " " * (width - len(name) + 2) if sys.stdout.isatty() else "\t"
+        print(f"{name}{between}{value}")
+
+
 def as_json(value: Any) -> None:
     """Print one JSON document."""
     print(json.dumps(value, indent=2, default=str))

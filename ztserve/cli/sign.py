@@ -60,7 +60,7 @@ def run(chosen: argparse.Namespace) -> int:
     )
     envelope = parse_envelope(path.read_bytes(), what=str(path))
     manifest = parse_manifest(envelope)
-    facts = {
+    told = {
         "signature": str(path),
         "digest": manifest.digest,
         "key": envelope.key_id,
@@ -72,10 +72,9 @@ def run(chosen: argparse.Namespace) -> int:
         "hash": how.hash_type,
     }
     if chosen.json:
-        show.as_json(facts)
+        show.as_json(told)
     else:
-        rows = ((k.replace("_", " "), v) for k, v in facts.items() if v is not None)
-        show.table("signed", ("", ""), rows)
+        show.facts((k.replace("_", " "), v) for k, v in told.items() if v is not None)
     return 0
 
 

@@ -108,3 +108,21 @@ def test_a_table_on_a_terminal_shows_cells_as_they_are(capsys, monkeypatch):
 def test_a_table_in_a_pipe_is_separated_by_tabs(capsys):
     show.table("title", ("a", "b"), [(1, None), ("x\x1b", "y")])
     assert capsys.readouterr().out == "1\tNone\nx\ufffd\ty\n"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"),
+    [(False, "a\t1\nlong\t\ufffdx\n"), (True, "a     1\nlong  \ufffdx\n")],
+)
+def test_facts_stand_in_a_line_each_and_drive_no_terminal(
+    capsys, monkeypatch, terminal, shown
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show.facts([("a", 1), ("long", "\x1bx")])
+    assert capsys.readouterr().out == shown
+
+
+def test_a_fact_is_never_cut_off(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show.facts([("digest", "0" * 300)])
+    assert "0" * 300 in capsys.readouterr().out
