@@ -98,6 +98,29 @@ def test_each_shard_has_its_own_digest(hash_type, piece, size, monkeypatch):
     )
 
 
+class Counting(Memory):
+    """A Reader that counts how often it is read."""
+
+    reads = 0
+
+    def read_into(self, view, offset):
+        self.reads += 1
+        return super().read_into(view, offset)
+
+
+@pytest.mark.parametrize(("chunk", "reads"), [(1000, 1), (300, 4), (3, 334)])
+def test_small_shards_cost_no_small_reads(chunk, reads, monkeypatch):
+    monkeypatch.setattr(buffers, "_CHUNK", chunk)
+    content = bytes(n % 251 for n in range(1000))
+    reader = Counting(content)
+    buffer = read(reader, 1000, serialization=Serialization("sha256", 10))
+    assert bytes(buffer.view) == content
+    assert buffer.digests == tuple(
+        hashlib.sha256(content[n : n + 10]).hexdigest() for n in range(0, 1000, 10)
+    )
+    assert reader.reads == reads
+
+
 def test_an_empty_file_has_no_shard():
     buffer = read(Memory(b""), 0, serialization=Serialization("sha256", 10))
     assert buffer.digests == ()

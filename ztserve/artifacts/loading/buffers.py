@@ -134,13 +134,16 @@ def _read(
                 f"{piece.name!r} has {reader.size} bytes where the registry listed "
                 f"{len(piece.view)}"
             )
-        for offset, end in piece.spans:
-            digest = serialization.new_hash()
-            while offset < end:
-                view = piece.view[offset : min(offset + _CHUNK, end)]
-                read = _read_into(reader, view, offset, piece.name)
-                digest.update(view[:read])
-                offset += read
+        filled, last = piece.spans[0][0], piece.spans[-1][1]
+        for start, end in piece.spans:
+            digest, hashed = serialization.new_hash(), start
+            while hashed < end:
+                if hashed == filled:  # chunks are read whole, however small the shards
+                    chunk = piece.view[filled : min(filled + _CHUNK, last)]
+                    filled += _read_into(reader, chunk, filled, piece.name)
+                upto = min(filled, end)
+                digest.update(piece.view[hashed:upto])
+                hashed = upto
             digests.append(digest.hexdigest())
     return digests
 

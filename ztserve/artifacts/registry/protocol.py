@@ -83,7 +83,7 @@ class Registry(Protocol):
         """List the model's files, name to size; all there are, signed or not."""
 
     def open(self, model: Resolved, name: str) -> Reader:
-        """Open one of its files."""
+        """Open one of its files; several may be open at once, also of one file."""
 
 
 def open_registry(
