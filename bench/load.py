@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 ARMS = ("mapped", "read", "ztserve")
+ROLES = ("trainer", "deployer")
 TENSOR_MIB = 16
 PAGE = 4096
 RUN_S = 300
@@ -66,13 +67,17 @@ def make(folder: Path, mib: int, files: int) -> None:
             },
             model / f"model-{index + 1:05}-of-{files:05}.safetensors",
         )
-    key = ec.generate_private_key(ec.SECP256R1())
-    sign_model(model, SigningKey(key), name="m")
-    release_model(model, SigningKey(key), name="m", version="1")
+    keys = {role: ec.generate_private_key(ec.SECP256R1()) for role in ROLES}
+    sign_model(model, SigningKey(keys["trainer"]), name="m")
+    release_model(model, SigningKey(keys["deployer"]), name="m", version="1")
     policy = folder / "trust.toml"
     policy.write_text(
-        'version = 1\n[[signers]]\nname = "both"\nroles = ["trainer", "deployer"]\n'
-        f'key = """{public_pem(key.public_key()).decode()}"""\n'
+        "version = 1\n"
+        + "".join(
+            f'[[signers]]\nname = "{role}"\nroles = ["{role}"]\n'
+            f'key = """{public_pem(key.public_key()).decode()}"""\n'
+            for role, key in keys.items()
+        )
     )
     policy.chmod(0o644)
     os.sync()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from examples.refusals.outcome import Refusal, refused
-from ztserve.artifacts import TrustPolicy, publish, verify_model
+from ztserve.artifacts import Role, TrustPolicy, publish, verify_model
 from ztserve.errors import VerificationError
 
 Load: TypeAlias = Callable[[Path, str, Path], object]
@@ -97,10 +97,12 @@ def _signed_anyway(root: Path, keys: Path, model: str) -> Path:
 
     Returns a trust policy that trusts these signatures.
     """
-    new = publish.new_key(
-        keys / "careless.pem", name="careless", roles=["trainer", "deployer"]
-    )
-    signer = publish.load_signer(new.private)
+    roles: tuple[Role, ...] = ("trainer", "deployer")
+    new = [
+        publish.new_key(keys / f"{role}.pem", name=f"careless {role}", roles=[role])
+        for role in roles
+    ]
+    trainer, deployer = (publish.load_signer(key.private) for key in new)
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.iterdir()
@@ -108,10 +110,10 @@ def _signed_anyway(root: Path, keys: Path, model: str) -> Path:
     manifest = publish.model_statement(model, files)
     digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
     released = publish.release_statement(model, "1", digest)
-    (root / "model.sig").write_bytes(signer.envelope(manifest))
-    (root / "release.sig").write_bytes(signer.envelope(released))
+    (root / "model.sig").write_bytes(trainer.envelope(manifest))
+    (root / "release.sig").write_bytes(deployer.envelope(released))
     policy = keys / "trust.toml"
-    policy.write_text("version = 1\n" + new.entry)
+    policy.write_text("version = 1\n" + "".join(key.entry for key in new))
     policy.chmod(0o600)
     return policy
 

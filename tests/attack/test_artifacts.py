@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save_file
 
 from tests.unit.artifacts.workshop import Workshop, pem, signing_key
 from ztserve.artifacts import TrustPolicy, open_registry, verify_model
-from ztserve.artifacts.loading import loader
+from ztserve.artifacts.loading import judging, loader
 from ztserve.artifacts.publish import (
     model_statement,
     publish,
@@ -48,7 +48,12 @@ def workshop(tmp_path):
 @pytest.fixture
 def without(monkeypatch):
     """Take a control out of the loader: `without("check_closed")`."""
-    return lambda name: monkeypatch.setattr(loader, name, lambda *_, **__: None)
+
+    def take_out(name):
+        module = loader if hasattr(loader, name) else judging
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+    return take_out
 
 
 def refused(source, trust, message, ref="digits", **more):
@@ -126,7 +131,9 @@ def test_a_signer_in_the_wrong_role_is_refused(workshop, role):
     sign_model(root, workshop.keys[role])
     release_model(root, workshop.keys["deployer"], name="digits", version="1")
     refused(root, workshop.trust, f"trusted as {role}, not as trainer")
-    roles = {"deployer": ["deployer"], role: ["trainer", "deployer"]}
+    other = "evaluator" if role == "deployer" else "deployer"
+    release_model(root, workshop.keys[other], name="digits", version="1")
+    roles = {other: ["deployer"], role: ["trainer", "deployer"]}
     assert verify_model(root, "digits", workshop.write_policy(roles))
 
 

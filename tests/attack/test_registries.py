@@ -19,7 +19,7 @@ from tests.unit.artifacts.servers import (
 )
 from tests.unit.artifacts.workshop import Workshop
 from ztserve.artifacts import Access, RegistryUrl, open_registry, verify_model
-from ztserve.artifacts.loading import loader
+from ztserve.artifacts.loading import judging, loader
 from ztserve.artifacts.registry import distribution, http, ranges
 from ztserve.artifacts.registry.connection import Connection
 from ztserve.artifacts.registry.http import HttpReader
@@ -322,7 +322,7 @@ def test_a_tag_that_flips_between_two_replicas_meets_a_pinned_digest(
     refused(server, workshop, lies, pinned, VerificationError)
     without(monkeypatch, ModelRef, "pinned", lambda self, _: self)
     refused(server, workshop, "signed as version '2'", pinned, VerificationError)
-    without(monkeypatch, loader, "check_release")
+    without(monkeypatch, judging, "check_release")
     assert bias(verify_model(server.url, pinned, workshop.trust)) == 2.0
 
 

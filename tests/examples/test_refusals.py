@@ -10,7 +10,7 @@ import pytest
 from examples.digits import Digits
 from examples.refusals import Door, LetInError, tamper, weights, wire
 from ztserve.artifacts import publish
-from ztserve.artifacts.loading import loader
+from ztserve.artifacts.loading import judging, loader
 from ztserve.errors import VerificationError
 from ztserve.testing import serve
 
@@ -174,18 +174,21 @@ def test_a_server_that_is_away_has_refused_nothing(served):
 def project(tmp_path_factory, trained_digits, trained_chat):
     """A registry with both models, and a trust policy."""
     base = tmp_path_factory.mktemp("project")
-    new = publish.new_key(base / "k.pem", name="both", roles=["trainer", "deployer"])
-    signer = publish.load_signer(new.private)
+    new = [
+        publish.new_key(base / f"{role}.pem", name=role, roles=[role])
+        for role in ("trainer", "deployer")
+    ]
+    trainer, deployer = (publish.load_signer(key.private) for key in new)
     policy = base / "trust.toml"
-    policy.write_text("version = 1\n" + new.entry)
+    policy.write_text("version = 1\n" + "".join(key.entry for key in new))
     policy.chmod(0o600)
     for name, trained in (("digits", trained_digits), ("chat", trained_chat)):
         folder = base / name
         folder.mkdir()
         for file in ("model.safetensors", "config.json"):
             (folder / file).write_bytes((trained.directory / file).read_bytes())
-        publish.sign_model(folder, signer, name=name)
-        publish.release_model(folder, signer, name=name, version="1")
+        publish.sign_model(folder, trainer, name=name)
+        publish.release_model(folder, deployer, name=name, version="1")
         publish.publish(folder, base / "registry", name=name, version="1")
     return base / "registry", policy
 
@@ -218,7 +221,7 @@ def test_another_signed_model_under_this_name_is_refused(project):
 
 def test_another_signed_model_would_load_without_the_release(project, monkeypatch):
     registry, trust = project
-    monkeypatch.setattr(loader, "check_release", lambda *_: None)
+    monkeypatch.setattr(judging, "check_release", lambda *_: None)
     with pytest.raises(LetInError, match="another signed model"):
         weights.another_signed_model(registry, "digits", "chat", trust)
 

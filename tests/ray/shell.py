@@ -115,6 +115,24 @@ class Shell:
         assert done.returncode == code, f"{words} gave {done.returncode}:\n{said}"
         return said
 
+    def produce(self, domain: str) -> None:
+        """Make the project one of profile production: its trust policy gets a root."""
+        policy = self.project / ".ztserve/trust.toml"
+        text = policy.read_text()
+        for public in (self.project / ".ztserve/keys").glob("*.[pc][ur][bt]"):
+            inline = f'"""{public.read_text()}"""'
+            text = text.replace(f'"keys/{public.name}"', inline)
+        policy.write_text(text)
+        self.run(*ZTSERVE, "key", "new", "root.pem", "--name", "root")
+        self.run(*ZTSERVE, "sign", str(policy), "--key", "root.pem")
+        toml = self.project / "ztserve.toml"
+        toml.write_text(
+            toml.read_text()
+            .replace('profile = "development"', 'profile = "production"')
+            .replace("dev.ztserve.internal", domain)
+            .replace("# trust_root", "trust_root")
+        )
+
     def start(self, *words: str, **env: str) -> Started:
         log = self.folder / f"{len(self.started)}.log"
         begun = Started(words, self.project, {**self.env, **env}, log)

@@ -21,11 +21,11 @@ UID = f"unix:uid:{os.geteuid()}"
 def shell():
     with opened() as made:
         toml = made.project / "ztserve.toml"
+        made.produce(DOMAIN)
         toml.write_text(
-            toml.read_text()
-            .replace('profile = "development"', 'profile = "production"')
-            .replace("dev.ztserve.internal", DOMAIN)
-            .replace("[identity]", '[identity]\nspire_admin_socket = "admin.sock"', 1)
+            toml.read_text().replace(
+                "[identity]", '[identity]\nspire_admin_socket = "admin.sock"', 1
+            )
         )
         yield made
 

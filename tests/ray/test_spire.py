@@ -37,12 +37,7 @@ def spire():
             "spire-agent", "run", "-config", "agent.conf", "-joinToken", token
         ).says("Starting Workload and SDS APIs")
         shell.run("./register.sh")
-        toml = shell.project / "ztserve.toml"
-        toml.write_text(
-            toml.read_text()
-            .replace('profile = "development"', 'profile = "production"')
-            .replace("dev.ztserve.internal", "ml.example")
-        )
+        shell.produce("ml.example")
         shell.env["SPIFFE_ENDPOINT_SOCKET"] = f"unix://{run / 'public/api.sock'}"
         yield shell
 

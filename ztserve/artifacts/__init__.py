@@ -6,6 +6,7 @@ hashed is the very memory that becomes the tensors. Keys, signing and publishing
 the offline half: `ztserve.artifacts.publish`, which nothing that serves imports.
 """
 
+from ztserve.artifacts.loading.judging import Check, judge
 from ztserve.artifacts.loading.loader import verify_model
 from ztserve.artifacts.loading.model import VerifiedModel
 from ztserve.artifacts.registry.address import Access, RegistryUrl, read_access
@@ -16,11 +17,16 @@ from ztserve.artifacts.registry.protocol import (
     open_registry,
 )
 from ztserve.artifacts.statements.release import Release
+from ztserve.artifacts.trust.floor import Floor
+from ztserve.artifacts.trust.following import FollowedPolicy
 from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.artifacts.trust.signers import Role, SignedBy, Signer
 
 __all__ = [
     "Access",
+    "Check",
+    "Floor",
+    "FollowedPolicy",
     "Reader",
     "Registry",
     "RegistryUrl",
@@ -31,6 +37,7 @@ __all__ = [
     "Signer",
     "TrustPolicy",
     "VerifiedModel",
+    "judge",
     "open_registry",
     "read_access",
     "verify_model",

@@ -3,11 +3,14 @@
 import argparse
 from pathlib import Path
 
-from ztserve import config
-from ztserve.artifacts import TrustPolicy, publish, verify_model
+from ztserve import config, types
+from ztserve.artifacts import publish, verify_model
 from ztserve.cli import signer
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
+
+SUMMARY = "verification-summary"
+"""The name of the deployer's attestation."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,16 +25,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Verify the trainer's signature, sign the release, publish."""
+    """Verify for deployment, sign release and summary, verify as a replica, publish."""
     settings = config.load()
     ref = ModelRef(chosen.model)
     if ref.version is None:
         raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
-    trust = TrustPolicy.load(settings.artifacts.trust_policy)
-    verify_model(chosen.directory, ref, trust, purpose="deploy")
+    trust = config.load_trust(settings)
+    looked_at = verify_model(chosen.directory, ref, trust, purpose="deploy")
     path = chosen.key or settings.state / "keys/deployer.pem"
     key = signer.load(path, chosen.passphrase_file)
     publish.release_model(chosen.directory, key, name=ref.name, version=ref.version)
+    publish.attest_model(
+        chosen.directory,
+        key,
+        name=SUMMARY,
+        predicate_type=publish.VERIFICATION_SUMMARY,
+        predicate=publish.verification_summary(
+            looked_at, trust, version=ref.version, now=types.now()
+        ),
+    )
+    verify_model(chosen.directory, ref, trust)
     model = publish.publish(
         chosen.directory,
         chosen.registry or settings.artifacts.folder,

@@ -1,4 +1,4 @@
-"""``ztserve sign``: the trainer's signature over a model directory."""
+"""``ztserve sign``: a model directory, by its trainer; a trust policy, by the root."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ztserve import config
-from ztserve.artifacts import publish
+from ztserve.artifacts import TrustPolicy, publish
 from ztserve.artifacts.publish import SHARD_BYTES
 from ztserve.artifacts.registry.directory import model_files
 from ztserve.artifacts.statements.envelope import parse_envelope
@@ -26,8 +26,8 @@ _UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("directory", type=Path)
-    signer.arguments(parser, "the development trainer's")
+    parser.add_argument("directory", type=Path, help="a model, or a trust policy")
+    signer.arguments(parser, "the development trainer's; for a policy, the root's")
     certified.arguments(parser)
     parser.add_argument("--name", help="of the model, for people (default: directory)")
     parser.add_argument(
@@ -51,7 +51,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Write model.sig into the directory; print what it says."""
+    """Write model.sig into the directory, or POLICY.sig; print what it says."""
+    if chosen.directory.is_file():
+        return _sign_policy(chosen.directory, chosen)
     sizes = model_files(chosen.directory)
     how = _serialization(chosen, sizes)
     signing = certified.signer(chosen, lambda: _key(chosen))
@@ -107,3 +109,15 @@ def _bytes(text: str) -> int:
             "as in 64MiB"
         )
     return int(match[1]) << _UNITS[match[2]]
+
+
+def _sign_policy(policy: Path, chosen: argparse.Namespace) -> int:
+    if chosen.key is None:
+        raise ConfigError(
+            f"{policy} is a file, so a trust policy: name the root's key with --key "
+            "(`ztserve key new root.pem` makes one); models are directories"
+        )
+    root = signer.load(chosen.key, chosen.passphrase_file)
+    TrustPolicy.check_signable(policy)
+    print(publish.sign_policy(policy, root))
+    return 0

@@ -1,11 +1,15 @@
-"""``ztserve verify``: would a replica load this?"""
+"""``ztserve verify``: would a replica load this, may a deployer release it?"""
 
 import argparse
 from pathlib import Path
 
-from ztserve import config
-from ztserve.artifacts import TrustPolicy, verify_model
+from ztserve import config, types
+from ztserve.artifacts import Check, verify_model
 from ztserve.cli import show
+
+HEADS = ("stage", "checked", "signed_by", "when", "rule")
+UNPROVEN = "no proven time"
+"""A signature without a timestamp says nothing of when it was made."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,18 +30,38 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Verify every byte and print what was proved; refuse with exit code 2."""
     settings = config.load()
-    trust = TrustPolicy.load(chosen.trust or settings.artifacts.trust_policy)
+    trust = config.load_trust(settings, chosen.trust)
     source = chosen.source or config.open_registry(settings)
-    model = verify_model(source, chosen.model, trust, purpose=chosen.purpose)
+    now = types.now()
+    model = verify_model(source, chosen.model, trust, now=now, purpose=chosen.purpose)
     facts = {
         "model": model.name,
         "version": model.version,
         "digest": model.digest,
         "signers": [f"{s.name} as {s.role}" for s in model.signers],
         "files": list(model.names),
+        "purpose": chosen.purpose,
+        "trust policy": f"version {trust.version}, {trust.digest}",
+        "verified at": f"{now:%Y-%m-%dT%H:%M:%SZ}",
     }
+    checks = [_row(check) for check in model.checks]
+    checks.append(("load", ", ".join(model.names), "", "", "each is signed, no other"))
     if chosen.json:
-        show.as_json(facts)
+        named = [dict(zip(HEADS, row, strict=True)) for row in checks]
+        show.as_json(facts | {"checks": named})
     else:
-        show.table("verified", ("", ""), facts.items())
+        show.table("verified", ("", ""), [(k, _plain(v)) for k, v in facts.items()])
+        show.table("checked", HEADS, checks)
     return 0
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    if check.by is None:
+        return check.stage, check.checked, "", "", check.rule
+    at = check.by.signed_at
+    when = UNPROVEN if at is None else f"{at:%Y-%m-%dT%H:%M:%SZ}"
+    return check.stage, check.checked, str(check.by), when, check.rule
+
+
+def _plain(value: object) -> object:
+    return ", ".join(value) if isinstance(value, list) else value

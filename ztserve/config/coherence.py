@@ -84,6 +84,12 @@ def _check_profile(settings: Settings) -> None:
                 "[identity] trust_domain: the development domain is refused in "
                 "production; name your own"
             )
+        if settings.artifacts.trust_root is None:
+            raise ConfigError(
+                "[artifacts] trust_root: production demands that the trust policy is "
+                "signed: make a key away from here (`ztserve key new root.pem`), sign "
+                "(`ztserve sign trust.toml --key root.pem`), and name root.pub here"
+            )
         return
     for table in ("transport", "directory", "gateway"):
         host = getattr(settings, table).host
@@ -145,6 +151,7 @@ def _located(settings: Settings) -> Settings:
             registry_credentials=artifacts.registry_credentials
             and base / artifacts.registry_credentials,
             trust_policy=base / artifacts.trust_policy,
+            trust_root=artifacts.trust_root and base / artifacts.trust_root,
         ),
         authorization=replace(
             settings.authorization,

@@ -148,6 +148,33 @@ def open_tokens(
     )
 
 
+def load_trust(settings: Settings, path: Path | None = None) -> artifacts.TrustPolicy:
+    """Read the trust policy, or that at `path`, to judge with it now; ConfigError.
+
+    The configured one must not be older than what this node has seen.
+    """
+    chosen = settings.artifacts
+    policy = artifacts.TrustPolicy.load(
+        path or chosen.trust_policy, root=chosen.trust_root
+    )
+    if path is None:
+        _floor(settings).check(policy)
+    return policy
+
+
+def follow_trust(settings: Settings) -> artifacts.FollowedPolicy:
+    """Read the trust policy, remember it as seen, and follow it; ConfigError."""
+    chosen = settings.artifacts
+    return artifacts.FollowedPolicy(
+        chosen.trust_policy, _floor(settings), root=chosen.trust_root
+    )
+
+
+def _floor(settings: Settings) -> artifacts.Floor:
+    least = settings.artifacts.min_policy_version
+    return artifacts.Floor(settings.state, least=least)
+
+
 def open_quarantine(settings: Settings) -> identity.Quarantine:
     """Follow the list of those who are refused; IdentityError if it is unusable."""
     return identity.Quarantine.open(settings.identity.quarantine)

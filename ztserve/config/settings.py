@@ -73,6 +73,10 @@ class ArtifactSettings:
     registry_credentials: Path | None = None
     """A file of mode 0600 with what a registry's server asks for."""
     trust_policy: Path = Path(".ztserve/trust.toml")
+    trust_root: Path | None = None
+    """Public key (PEM) under which the trust policy is signed; None: it is not."""
+    min_policy_version: Count = 1
+    """An older trust policy is refused, also on a node that has seen none."""
     wait_s: Seconds = 60.0
     """Longest wait for a registry that is away."""
 

@@ -23,12 +23,14 @@ from ztserve.errors import (
     CallError,
     ConfigError,
     IdentityError,
+    VerificationError,
 )
 from ztserve.filtering import OutputFilter, TextFilter
 from ztserve.identity import JwtProof, Source
 from ztserve.inference import Runner
 from ztserve.pipeline import Pipeline
 from ztserve.serving.weights import Pin, Weights
+from ztserve.serving.withdrawal import GRACE_S, Withdrawal
 from ztserve.types import Description, ModelRef, TextSpec, operations
 from ztserve.validation import Validator
 
@@ -87,6 +89,9 @@ class Replica:
         self._server: transport.Server | None = None
         self._runner: Runner | None = None
         self._walk: Pipeline | None = None
+        self._withdrawal: Withdrawal | None = None
+        self._withdrawn = ""
+        self._leaving = threading.Lock()
         self.address = ""
         self.description: Description | None = None
 
@@ -131,6 +136,11 @@ class Replica:
             settings.host, range(settings.first_port, settings.last_port + 1)
         )
         self.address = f"{host}:{port}"
+        if weights.followed is not None:
+            self._withdrawal = Withdrawal(
+                weights.followed, weights.held, self._log, self._withdraw
+            )
+            self._withdrawal.start()
         self._log.event(
             "replica-started", address=self.address, digest=self.description.digest
         )
@@ -141,16 +151,23 @@ class Replica:
         self._log.refused(what, error, principal="", address="")
 
     def check_health(self) -> None:
-        """Raise where the replica cannot answer: no valid SVID, or no open door."""
+        """Raise where the replica cannot answer: no valid SVID, or no open door.
+
+        VerificationError where the trust policy has turned against its model.
+        """
+        if self._withdrawn:
+            raise VerificationError(self._withdrawn)
+        if self._withdrawal is not None and not self._withdrawal.looks:
+            raise VerificationError("nothing follows the trust policy any more")
         self.source.current()
         if self._server is None:
             raise IdentityError("the mTLS server is not running")
 
     def stop(self, grace_s: float) -> None:
         """Stop taking calls, let the running ones end within `grace_s`, then close."""
-        if self._server is not None:
-            self._server.stop(grace_s)
-            self._server = None
+        if self._withdrawal is not None:
+            self._withdrawal.close()
+        self._close_door(grace_s)
         if self._runner is not None:
             self._runner.close()
         self._log.event("replica-stopped", address=self.address)
@@ -158,6 +175,23 @@ class Replica:
         self.quarantine.close()
         if self.tokens is not None:
             self.tokens.close()
+
+    def _withdraw(self, error: VerificationError) -> None:
+        """Take no more calls, and let the running ones end; Serve replaces us."""
+        self._withdrawn = f"{self.model_name} is withdrawn from this replica: {error}"
+        self._log.event(
+            "model-withdrawn",
+            model=self.model_name,
+            digest=self.description.digest if self.description else "",
+            reason=str(error),
+        )
+        self._close_door(GRACE_S)
+
+    def _close_door(self, grace_s: float) -> None:
+        with self._leaving:
+            server, self._server = self._server, None
+            if server is not None:
+                server.stop(grace_s)
 
     # --- start-up -----------------------------------------------------------------
 

@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+from ztserve import config
 from ztserve.artifacts import (
+    FollowedPolicy,
     Registry,
     TrustPolicy,
     VerifiedModel,
@@ -12,7 +14,8 @@ from ztserve.artifacts import (
 )
 from ztserve.audit import Log
 from ztserve.config import Settings, open_registry
-from ztserve.errors import ArtifactError, RegistryError
+from ztserve.errors import ArtifactError, ConfigError, RegistryError
+from ztserve.serving.withdrawal import Held
 from ztserve.types import ModelRef
 
 T = TypeVar("T")
@@ -24,7 +27,7 @@ _RETRY_S = 0.5
 
 def check_published(settings: Settings, refs: Iterable[ModelRef]) -> None:
     """Raise ArtifactError where a replica would find no such model, or no policy."""
-    TrustPolicy.load(settings.artifacts.trust_policy)
+    config.load_trust(settings)
     registry = open_registry(settings)
     for ref in refs:
         registry.resolve(ref)
@@ -42,6 +45,10 @@ class Weights:
         self._settings = settings.artifacts
         self._log = log
         self._pin = pin
+        self.followed: FollowedPolicy | None = None
+        """The trust policy; None before there was a model to judge."""
+        self.held: dict[str, Held] = {}
+        """The models by part, with what they were asked for as."""
         self._until = time.monotonic() + self._settings.wait_s
 
     def verified(self, refs: Mapping[str, ModelRef]) -> dict[str, VerifiedModel]:
@@ -49,13 +56,14 @@ class Weights:
         if not refs:
             return {}
         try:
-            trust = TrustPolicy.load(self._settings.trust_policy)
+            self.followed = config.follow_trust(self._all)
+            trust = self.followed.policy
             registry = self._patiently(lambda: open_registry(self._all))
             return {
                 part: self._verify(registry, part, ref, trust)
                 for part, ref in refs.items()
             }
-        except ArtifactError as error:
+        except (ArtifactError, ConfigError) as error:
             self._log.event(
                 "model-refused", status_code=type(error).__name__, reason=str(error)
             )
@@ -67,12 +75,14 @@ class Weights:
         resolved = self._patiently(lambda: registry.resolve(ref))
         pinned = ref.pinned(self._pin(part, resolved.digest))
         model = self._patiently(lambda: verify_model(registry, pinned, trust))
+        self.held[part] = Held(pinned, model)
         self._log.event(
             "model-verified",
             model=model.name,
             version=model.version,
             digest=model.digest,
             signers=", ".join(map(str, model.signers)),
+            trust_policy=f"version {trust.version}, {trust.digest}",
         )
         return model
 

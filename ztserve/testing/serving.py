@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ztserve import audit, config, transport
-from ztserve.artifacts import publish
+from ztserve.artifacts import Role, publish
 from ztserve.errors import ConfigError
 from ztserve.serving import Replica, ZTDeployment
 from ztserve.serving.replica import Plan
@@ -169,30 +169,36 @@ def _publish(
     folders = model if isinstance(model, Mapping) else {"": model}
     state = base / ".ztserve"
     state.mkdir(mode=0o700)
-    key = publish.new_key(
-        state / "testing.pem", name="testing", roles=["trainer", "deployer"]
-    )
+    roles: tuple[Role, ...] = ("trainer", "deployer")
+    keys = [
+        publish.new_key(state / f"{role}.pem", name=f"testing {role}", roles=[role])
+        for role in roles
+    ]
     trust = state / "trust.toml"
-    trust.write_text(f"version = 1\n{key.entry}")
+    trust.write_text("version = 1\n" + "".join(key.entry for key in keys))
     trust.chmod(0o600)
-    signer = publish.load_signer(key.private)
+    trainer, deployer = (publish.load_signer(key.private) for key in keys)
     for part, ref in refs.items():
         if part not in folders:
             raise ConfigError(f"serve(..., model=...) has no directory for {part!r}")
         folder = Path(folders[part])
         if not folder.is_dir():
             raise ConfigError(f"serve(..., model={str(folder)!r}): no such directory")
-        _publish_copy(folder, base / f"copy-{part}", signer, ref)
+        _publish_copy(folder, base / f"copy-{part}", trainer, deployer, ref)
     return refs
 
 
 def _publish_copy(
-    source: Path, copy: Path, signer: publish.SigningKey, ref: ModelRef
+    source: Path,
+    copy: Path,
+    trainer: publish.SigningKey,
+    deployer: publish.SigningKey,
+    ref: ModelRef,
 ) -> None:
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.sig"))
     version = ref.version or "0"
-    publish.sign_model(copy, signer, name=ref.name)
-    publish.release_model(copy, signer, name=ref.name, version=version)
+    publish.sign_model(copy, trainer, name=ref.name)
+    publish.release_model(copy, deployer, name=ref.name, version=version)
     publish.publish(
         copy,
         copy.parent / ".ztserve/registry",

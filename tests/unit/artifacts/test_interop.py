@@ -114,6 +114,19 @@ def test_we_verify_each_serialization_of_model_signing(workshop, how):
         verify_model(root, "digits", workshop.trust)
 
 
+def test_model_signing_verifies_a_directory_that_has_attestations(workshop):
+    root = workshop.signed()
+    workshop.evaluate(root)
+    _, public = stock_key(workshop, workshop.keys["trainer"])
+    config = model_signing.verifying.Config().use_elliptic_key_verifier(
+        public_key=public
+    )
+    config.verify(root, root / "model.sig")
+    (root / "attestations/evaluation.sig").rename(root / "evaluation.sig")
+    with pytest.raises(ValueError, match=r"Extra files.*evaluation.sig"):
+        config.verify(root, root / "model.sig")
+
+
 @pytest.mark.parametrize("how", BOTH_SUPPORT, ids=str)
 def test_both_put_the_same_resources_into_the_same_order(workshop, how):
     root = workshop.model(files=FILES)

@@ -47,8 +47,8 @@ def test_a_new_key_is_private_and_its_entry_makes_a_trust_policy(workshop):
     signer = load_signer(made.private)
     assert signer.id == made.id
     assert "PRIVATE" not in repr(signer)
-    workshop.keys["trainer"] = workshop.keys["deployer"] = signer
-    workshop.policy_path.write_text("version = 1\n" + made.entry)
+    workshop.keys["trainer"] = signer
+    workshop.write_policy({"deployer": ["deployer"]}, tail=made.entry)
     assert verify_model(workshop.signed(), "digits", workshop.trust)
 
 
@@ -148,8 +148,8 @@ def test_each_curve_signs_and_verifies(workshop, name, curve):
     made = new_key(path, name="a", roles=["trainer", "deployer"], curve=name)
     signer = load_signer(made.private)
     assert signer._key.curve.name == curve().name
-    workshop.keys["trainer"] = workshop.keys["deployer"] = signer
-    workshop.policy_path.write_text("version = 1\n" + made.entry)
+    workshop.keys["trainer"] = signer
+    workshop.write_policy({"deployer": ["deployer"]}, tail=made.entry)
     assert verify_model(workshop.signed(), "digits", workshop.trust)
 
 

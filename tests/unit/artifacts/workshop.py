@@ -10,12 +10,15 @@ from safetensors.numpy import save_file
 from ztserve.artifacts import TrustPolicy
 from ztserve.artifacts.publish import (
     SigningKey,
+    attest_model,
     model_statement,
     publish,
     release_model,
     release_statement,
+    result_predicate,
     sign_model,
 )
+from ztserve.artifacts.statements.attestation import TEST_RESULT, Metric
 from ztserve.artifacts.statements.envelope import parse_envelope
 from ztserve.artifacts.statements.keys import public_pem
 
@@ -87,6 +90,17 @@ class Workshop:
         """Make a model and publish it; return what it resolved to."""
         root = self.signed(folder, name, version, **model)
         return publish(root, self.registry, name=name, version=version)
+
+    def evaluate(self, root, *, key=None, name="evaluation", result=None, **metrics):
+        """Attest a signed model: PASSED with these metrics, or the `result`."""
+        measured = {metric: Metric(value) for metric, value in metrics.items()}
+        return attest_model(
+            root,
+            key or self.keys["evaluator"],
+            name=name,
+            predicate_type=TEST_RESULT,
+            predicate=result_predicate(measured, result=result),
+        )
 
     def force_sign(self, root, files, *, key=None, statement=None) -> None:
         """Sign and release whatever it is, as an authentic but careless signer would.

@@ -40,15 +40,18 @@ def secret(path, text=SECRET + "\n"):
 
 
 def test_a_key_with_a_passphrase_signs_and_publishes(ztserve, project, weights):
-    file, words = secret(project / "p"), ("--role", "trainer", "--role", "deployer")
-    done = ztserve("key", "new", "k.pem", *words, "--passphrase-file", file)
-    assert "mode 0600, encrypted)" in done.out
-    assert "ENCRYPTED" in (project / "k.pem").read_text()
-    entry = done.out.partition("# for the trust policy:\n")[2]
-    entry = entry.replace("k.pub", str(project / "k.pub"))
-    (project / ".ztserve/trust.toml").write_text("version = 1\n" + entry)
-    words = ("--key", "k.pem", "--passphrase-file", file)
-    assert ztserve("sign", weights, *words).code == 0
+    file, policy = secret(project / "p"), "version = 1\n"
+    for role in ("trainer", "deployer"):
+        words = ("--role", role, "--passphrase-file", file)
+        done = ztserve("key", "new", f"{role}.pem", *words)
+        assert "mode 0600, encrypted)" in done.out
+        assert "ENCRYPTED" in (project / f"{role}.pem").read_text()
+        entry = done.out.partition("# for the trust policy:\n")[2]
+        policy += entry.replace(f"{role}.pub", str(project / f"{role}.pub"))
+    (project / ".ztserve/trust.toml").write_text(policy)
+    words = ("--passphrase-file", file)
+    assert ztserve("sign", weights, "--key", "trainer.pem", *words).code == 0
+    words += ("--key", "deployer.pem")
     assert ztserve("publish", weights, "double:1", *words).code == 0
     assert ztserve("verify", "double:1").code == 0
 
@@ -343,3 +346,178 @@ def test_sign_names_a_directory_that_is_not_there(ztserve, project):
     done = ztserve("sign", "nowhere")
     assert done.code == 2
     assert "nowhere" in done.err
+
+
+# --- stages ---------------------------------------------------------------------
+
+REQUIRED = """
+[[require]]
+predicate = "https://in-toto.io/attestation/test-result/v0.1"
+roles = ["evaluator"]
+minimum = { accuracy = 0.9 }
+"""
+
+
+@pytest.fixture
+def evaluated(ztserve, project, weights):
+    """Signed weights, an evaluator's key, and a policy that requires its word."""
+    key = project / ".ztserve/keys/evaluator.pem"
+    entry = ztserve("key", "new", key, "--role", "evaluator").out.partition(
+        "policy:\n"
+    )[2]
+    policy = config.load().artifacts.trust_policy
+    entry = entry.replace("evaluator.pub", "keys/evaluator.pub")
+    policy.write_text(policy.read_text() + entry + REQUIRED)
+    ztserve("sign", weights)
+    return weights
+
+
+@pytest.mark.slow
+def test_a_model_is_deployed_once_it_is_attested(ztserve, evaluated):
+    refused = ztserve("publish", evaluated, "double:1")
+    assert refused.code == 2
+    assert "stage attest (trust policy 1, [[require]] number 1" in refused.err
+    assert "Mend: `ztserve attest`" in refused.err
+    done = ztserve(
+        "attest", evaluated, "--metric", "accuracy=0.97", "--minimum", "accuracy=0.9"
+    )
+    assert (done.code, done.out) == (0, f"{evaluated}/attestations/evaluation.sig\n")
+    words = ("verify", "double:1", "--from", evaluated, "--for", "deploy")
+    told = ztserve(*words)
+    assert "/test-result/v0.1 PASSED accuracy 0.97\tevaluator as" in told.out
+    assert "evaluator as evaluator (sha256:" in told.out
+    assert "[[require]] number 1" in told.out
+    checks = json.loads(ztserve(*words, "--json").out)["checks"]
+    assert [check["stage"] for check in checks] == ["sign", "attest", "load"]
+    assert ztserve("publish", evaluated, "double:1").code == 0
+    checks = json.loads(ztserve("verify", "double:1", "--json").out)["checks"]
+    assert [check["stage"] for check in checks] == ["sign", "deploy", "attest", "load"]
+
+
+def test_publishing_writes_a_verification_summary(ztserve, published):
+    bundle = json.loads(
+        (published / "attestations/verification-summary.sig").read_text()
+    )
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    summary = statement["predicate"]
+    assert statement["predicateType"] == "https://slsa.dev/verification_summary/v1"
+    assert summary["resourceUri"] == "urn:ztserve:model:double:1"
+    assert summary["verificationResult"] == "PASSED"
+    assert summary["policy"]["uri"] == "urn:ztserve:trust-policy:1"
+    assert [i["uri"] for i in summary["inputAttestations"]] == [
+        "urn:ztserve:statement:model.sig"
+    ]
+
+
+def test_a_poor_metric_is_attested_as_failed_and_refused(ztserve, evaluated):
+    ztserve("attest", evaluated, "--metric", "accuracy=0.5", "--minimum", "accuracy=1")
+    done = ztserve("publish", evaluated, "double:1")
+    assert done.code == 2
+    assert "its result is FAILED, not PASSED" in done.err
+
+
+def test_data_and_other_predicates_are_attested(ztserve, evaluated, project):
+    (project / "data.csv").write_text("1,2\n")
+    (project / "p.json").write_text('{"anything": 1}')
+    done = ztserve("attest", evaluated, "--result", "PASSED", "--data", "data.csv")
+    assert done.code == 0
+    uri = "https://slsa.dev/provenance/v1"
+    words = ("--predicate", "p.json", "--predicate-type", uri, "--name", "provenance")
+    assert ztserve("attest", evaluated, *words).code == 0
+    bundle = json.loads((evaluated / "attestations/provenance.sig").read_text())
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    assert (statement["predicateType"], statement["predicate"]) == (
+        uri,
+        {"anything": 1},
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "nothing to attest: give --metric NAME=VALUE"),
+        (("--metric", "accuracy"), "--metric 'accuracy': expected NAME=NUMBER"),
+        (("--metric", "a=1", "--metric", "a=2"), "each name once"),
+        (("--metric", "a=good"), "expected NAME=NUMBER"),
+        (("--metric", "a=nan"), "NaN is not JSON"),
+        (("--metric", "a=1", "--minimum", "b=1"), "there is no --metric b=VALUE"),
+        (("--predicate", "p.json"), "--predicate-type URI go together"),
+        (
+            ("--predicate", "p.json", "--predicate-type", "a:b", "--result", "PASSED"),
+            "is attested as it is: leave out the metrics",
+        ),
+        (
+            ("--predicate", "ztserve.toml", "--predicate-type", "a:b"),
+            "ztserve.toml is no predicate: not JSON",
+        ),
+        (("--result", "PASSED", "--name", "../x"), "cannot be the name of an attest"),
+        (("--result", "PASSED", "--key", "no.pem"), "ztserve key new no.pem --role"),
+    ],
+)
+def test_wrong_use_of_attest_says_what_is_right(ztserve, evaluated, words, message):
+    done = ztserve("attest", evaluated, *words)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+# --- the trust root -------------------------------------------------------------
+
+
+@pytest.fixture
+def rooted(ztserve, project):
+    """A policy whose keys stand within it, signed under a root."""
+    ztserve("key", "new", "root.pem")
+    policy = config.load().artifacts.trust_policy
+    text = policy.read_text()
+    for public in (project / ".ztserve/keys").glob("*.[pc][ur][bt]"):
+        text = text.replace(f'"keys/{public.name}"', f'"""{public.read_text()}"""')
+    policy.write_text(text)
+    toml = project / "ztserve.toml"
+    toml.write_text(toml.read_text().replace("# trust_root", "trust_root"))
+    assert ztserve("sign", policy, "--key", "root.pem").code == 0
+    return policy
+
+
+def test_a_policy_is_signed_under_its_root(ztserve, rooted, published):
+    assert ztserve("verify", "double:1").code == 0
+    rooted.write_text(rooted.read_text() + "# edited\n")
+    done = ztserve("verify", "double:1")
+    assert done.code == 2
+    assert "is not signed under the trust root" in done.err
+
+
+def test_an_older_policy_than_was_seen_is_refused(ztserve, rooted, published):
+    config.follow_trust(config.load())  # as a replica does
+    newer = rooted.read_text().replace("version = 1", "version = 2")
+    old = [rooted.read_bytes(), rooted.with_name("trust.toml.sig").read_bytes()]
+    rooted.write_text(newer)
+    ztserve("sign", rooted, "--key", "root.pem")
+    config.follow_trust(config.load())
+    rooted.write_bytes(old[0])
+    rooted.with_name("trust.toml.sig").write_bytes(old[1])
+    done = ztserve("verify", "double:1")
+    assert done.code == 2
+    assert "is version 1, and this node has seen version 2" in done.err
+
+
+def test_a_policy_is_not_signed_with_a_trainers_default_key(ztserve, project):
+    done = ztserve("sign", config.load().artifacts.trust_policy)
+    assert done.code == 2
+    assert "name the root's key with --key" in done.err
+
+
+def test_a_policy_with_keys_beside_it_is_not_signed(ztserve, project):
+    ztserve("key", "new", "root.pem")
+    policy = config.load().artifacts.trust_policy
+    done = ztserve("sign", policy, "--key", "root.pem")
+    assert done.code == 2
+    assert "holds its keys as PEM text" in done.err
+
+
+def test_nonsense_is_not_signed_as_a_policy(ztserve, project):
+    (project / "p.toml").write_text("version = 0\n")
+    ztserve("key", "new", "root.pem")
+    done = ztserve("sign", "p.toml", "--key", "root.pem")
+    assert done.code == 2
+    assert "version must be a number from 1" in done.err
+    assert not (project / "p.toml.sig").exists()

@@ -123,6 +123,7 @@ def test_keys_that_no_trust_policy_names_are_refused(ztserve, project):
 def test_production_gets_no_development_keys(ztserve, empty):
     (empty / "ztserve.toml").write_text(
         "profile = 'production'\n[identity]\ntrust_domain = 'example.org'\n"
+        "[artifacts]\ntrust_root = 'root.pub'\n"
     )
     (empty / "ztserve.toml").chmod(0o600)
     done = ztserve("init")

@@ -10,6 +10,11 @@ from ztserve.errors import ConfigError, IdentityError
 from ztserve.identity import Agent, Rules, SpiffeId
 from ztserve.testing import ThrowAwayAuthority
 
+PRODUCTION = (
+    "profile = 'production'\n[identity]\ntrust_domain = 'example.org'\n"
+    "[artifacts]\ntrust_root = 'root.pub'\n"
+)
+
 
 def written(folder, text, mode=0o600):
     path = folder / "ztserve.toml"
@@ -99,6 +104,10 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("[transport]\nfirst_port = 2\nlast_port = 1", "first_port is above last_port"),
         ("[transport]\nlast_port = 1", "first_port 0 means any free port"),
         ("profile = 'production'", "the development domain is refused in production"),
+        (
+            PRODUCTION.replace("trust_root", "# trust_root"),
+            "trust_root: production demands that the trust policy is signed",
+        ),
         ("[", "is not valid TOML"),
         ("a = 1\na = 2", "is not valid TOML"),
         ("a = " + "[" * 5000, "is nested too deeply"),
@@ -190,7 +199,7 @@ def test_development_may_use_any_loopback_address(tmp_path, host):
 
 
 def test_production_may_listen_anywhere(tmp_path):
-    text = "profile = 'production'\n[identity]\ntrust_domain = 'example.org'\n"
+    text = PRODUCTION
     path = written(tmp_path, text + "[gateway]\nhost = '0.0.0.0'\n")
     assert config.load(path).gateway.host == "0.0.0.0"
 
@@ -242,7 +251,7 @@ def test_settings_travel_to_other_processes_unchanged(tmp_path):
 
 
 def test_production_asks_for_a_real_agent(tmp_path):
-    text = "profile = 'production'\n[identity]\ntrust_domain = 'example.org'\n"
+    text = PRODUCTION
     settings = config.load(written(tmp_path, text))
     with pytest.raises(ConfigError, match="SPIFFE_ENDPOINT_SOCKET"):
         config.obtain_identity(settings)

@@ -37,7 +37,7 @@ def settings(folder, line):
     path = folder / "ztserve.toml"
     path.write_text(
         "profile = 'production'\n[identity]\ntrust_domain = 'td.example'\n"
-        f"wait_s = 0.1\n{line}\n"
+        f"wait_s = 0.1\n{line}\n[artifacts]\ntrust_root = 'root.pub'\n"
     )
     path.chmod(0o600)
     return config.load(path)

@@ -3,25 +3,16 @@
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Literal
 
 from ztserve import types
 from ztserve.artifacts.loading.buffers import Buffer, read_all
 from ztserve.artifacts.loading.content import check_contents, check_suffixes
+from ztserve.artifacts.loading.judging import Purpose, gather, judge
 from ztserve.artifacts.loading.model import VerifiedModel
-from ztserve.artifacts.registry.protocol import Registry, Resolved, open_registry
-from ztserve.artifacts.statements.envelope import parse_envelope
-from ztserve.artifacts.statements.manifest import (
-    RELEASE_FILE,
-    SIGNATURE_FILE,
-    Manifest,
-    SignedFile,
-    parse_manifest,
-)
-from ztserve.artifacts.statements.release import Release, check_release, parse_release
+from ztserve.artifacts.registry.protocol import Registry, open_registry
+from ztserve.artifacts.statements.manifest import Manifest, SignedFile
 from ztserve.artifacts.statements.serialization import Serialization
 from ztserve.artifacts.trust.policy import TrustPolicy
-from ztserve.artifacts.trust.signers import SignedBy
 from ztserve.errors import VerificationError
 from ztserve.types import ModelRef
 
@@ -32,7 +23,7 @@ def verify_model(
     trust: TrustPolicy,
     *,
     now: datetime | None = None,
-    purpose: Literal["load", "deploy"] = "load",
+    purpose: Purpose = "load",
     max_bytes: int | None = None,
 ) -> VerifiedModel:
     """Return the model that `ref` names, after these steps:
@@ -42,16 +33,21 @@ def verify_model(
     2. a trainer whom the policy trusts now signed the manifest;
     3. the manifest is the one that step 1 named, and is not revoked;
     4. a deployer whom the policy trusts now released this very manifest under the
-       name, and the version, that were asked for;
-    5. the registry has the signed files and no other (a closed world), none of a
-       kind that can run, each of its signed size where shards tell it;
-    6. every file, read once into private memory, has its signed digest;
-    7. what is in the files is data: safetensors in bounds, no pickles, no code;
-    8. only now does anything of the model become reachable.
+       name, and the version, that were asked for; it is not below the policy's
+       min_versions;
+    5. each ``[[require]]`` of the policy that concerns it is met by attestations of
+       this very manifest; nobody acts in two roles;
+    6. the registry has the signed files and no other (a closed world), none of a
+       kind that can run, or of a format that the policy does not allow, each of
+       its signed size where shards tell it;
+    7. every file, read once into private memory, has its signed digest;
+    8. what is in the files is data: safetensors in bounds, no pickles, no code;
+    9. only now does anything of the model become reachable.
 
     `source` is a registry, its path, or the path of a signed directory. With purpose
-    ``deploy`` (before there is a release) step 4 is left out, and `release` of the
-    result is None; such a model is for a deployer to look at, not to serve.
+    ``deploy`` (before there is a release) step 4 is left out, with what step 5 would
+    require of deployers alone, and `release` of the result is None; such a model is for
+    a deployer to look at, not to serve.
     `max_bytes` bounds the memory for the files (default: the machine's).
 
     Raises RegistryError where the registry is away or answers nonsense (waiting may
@@ -67,20 +63,16 @@ def verify_model(
     # 1.
     found = registry.resolve(ref)
     ref.pinned(found.digest)
-    # 2. and 3.
-    manifest, trainer = _verify_manifest(registry, found, trust, moment)
-    signers: tuple[SignedBy, ...] = (trainer,)
-    release = None
-    # 4.
-    if purpose == "load":
-        release, deployer = _verify_release(registry, found, ref, trust, moment)
-        signers = (trainer, deployer)
-    # 5.
-    listed = registry.files(found)
+    # 2. to 5.
+    evidence = gather(registry, found, trust, now=moment, purpose=purpose)
+    judged = judge(evidence, ref, trust, now=moment, purpose=purpose)
+    # 6.
+    manifest, listed = judged.manifest, registry.files(found)
     check_closed(manifest, listed)
     check_suffixes(listed)
+    trust.check_formats(listed)
     check_sizes(manifest, listed)
-    # 6.
+    # 7.
     buffers = read_all(
         lambda name: registry.open(found, name),
         listed,
@@ -88,47 +80,17 @@ def verify_model(
         max_bytes=max_bytes,
     )
     check_digests(manifest, buffers)
-    # 7.
+    # 8.
     files = {name: buffer.view for name, buffer in buffers.items()}
     layouts = check_contents(files)
-    # 8.
+    # 9.
     return VerifiedModel(
         name=ref.name,
-        release=release,
-        digest=manifest.digest,
-        signers=signers,
+        judged=judged,
+        evidence=evidence,
         files=files,
         layouts=layouts,
     )
-
-
-def _verify_manifest(
-    registry: Registry, found: Resolved, trust: TrustPolicy, now: datetime
-) -> tuple[Manifest, SignedBy]:
-    envelope = parse_envelope(registry.signature(found), what=SIGNATURE_FILE)
-    trainer = trust.verify(envelope, "trainer", now=now)
-    manifest = parse_manifest(envelope)
-    if manifest.digest != found.digest:
-        raise VerificationError(
-            f"the registry promised {found.name}@{found.digest}, but its manifest is "
-            f"{manifest.digest}"
-        )
-    trust.check_not_revoked(manifest.digest)
-    return manifest, trainer
-
-
-def _verify_release(
-    registry: Registry,
-    found: Resolved,
-    ref: ModelRef,
-    trust: TrustPolicy,
-    now: datetime,
-) -> tuple[Release, SignedBy]:
-    envelope = parse_envelope(registry.release(found), what=RELEASE_FILE)
-    deployer = trust.verify(envelope, "deployer", now=now)
-    release = parse_release(envelope)
-    check_release(release, ref, found.digest)
-    return release, deployer
 
 
 def check_closed(manifest: Manifest, listed: Mapping[str, int]) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ztserve.artifacts.loading.header import DTYPES, Extent, Layout
-from ztserve.artifacts.statements.release import Release
-from ztserve.artifacts.trust.signers import SignedBy
+from ztserve.artifacts.loading.judging import Evidence, Judged
 from ztserve.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -27,18 +26,21 @@ class VerifiedModel:
         self,
         *,
         name: str,
-        release: Release | None,
-        digest: str,
-        signers: tuple[SignedBy, ...],
+        judged: Judged,
+        evidence: Evidence,
         files: Mapping[str, memoryview],
         layouts: Mapping[str, Layout],
     ) -> None:
         self.name = name
-        self.release = release
+        self.release = judged.release
         """The deployer's release; None where verified for purpose ``deploy``."""
-        self.digest = digest
+        self.digest = judged.manifest.digest
         """``sha256:<hex>`` of the signed manifest: the identity of the model."""
-        self.signers = signers
+        self.signers = judged.signers
+        self.checks = judged.checks
+        """What was checked of its statements, in order."""
+        self.evidence = evidence
+        """Its statements as the registry gave them, to be judged again."""
         self._files = files
         self._layouts = layouts
         self._directory: Path | None = None

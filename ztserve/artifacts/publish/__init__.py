@@ -4,6 +4,14 @@ The offline half of artifacts: training and deployment pipelines use it, with ke
 that serving never sees. Nothing that serves imports it.
 """
 
+from ztserve.artifacts.publish.attesting import (
+    Predicate,
+    attest_model,
+    attestation_statement,
+    parse_predicate,
+    result_predicate,
+    verification_summary,
+)
 from ztserve.artifacts.publish.distribution import push
 from ztserve.artifacts.publish.keys import (
     CURVES,
@@ -35,30 +43,44 @@ from ztserve.artifacts.publish.timestamps import (
     load_authority,
     new_authority,
 )
+from ztserve.artifacts.statements.attestation import (
+    TEST_RESULT,
+    VERIFICATION_SUMMARY,
+    Metric,
+)
 
 __all__ = [
     "CURVES",
     "SHARD_BYTES",
+    "TEST_RESULT",
+    "VERIFICATION_SUMMARY",
     "LocalAuthority",
+    "Metric",
     "NewAuthority",
     "NewKey",
+    "Predicate",
     "SigningKey",
     "StatementSigner",
     "SvidKey",
     "TimestampedSigner",
+    "attest_model",
+    "attestation_statement",
     "choose_serialization",
     "load_authority",
     "load_signer",
     "model_statement",
     "new_authority",
     "new_key",
+    "parse_predicate",
     "publish",
     "push",
     "read_passphrase",
     "release_model",
     "release_statement",
+    "result_predicate",
     "set_alias",
     "sign_model",
     "sign_policy",
     "stamp_with",
+    "verification_summary",
 ]

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from ztserve.artifacts.publish.atomic import create, replace
 from ztserve.artifacts.publish.signing import read_signed
+from ztserve.artifacts.registry.directory import DirectoryRegistry
 from ztserve.artifacts.registry.layout import (
     ALIASES,
     DIGEST,
@@ -28,6 +29,9 @@ from ztserve.artifacts.registry.layout import (
     parse_layers,
 )
 from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.registry.referrers import NAME as ATTESTATION
+from ztserve.artifacts.registry.referrers import OF
+from ztserve.artifacts.statements.attestation import file_of, parse_attestation
 from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, parse_envelope
 from ztserve.artifacts.statements.manifest import (
     RELEASE_FILE,
@@ -62,6 +66,7 @@ def publish(
 ) -> Resolved:
     """Copy a signed and released directory into the registry, made if not there.
 
+    Its attestations go with it, as referrers, in place of older ones of the same name.
     Points `aliases` at it; publishing the same content again only does that. Raises
     VerificationError where the directory is not what its signatures say, or released
     as something else; RegistryError where the version exists with other content.
@@ -74,10 +79,13 @@ def publish(
     files = {file: buffer.view for file, buffer in signed.buffers.items()}
     files[SIGNATURE_FILE] = memoryview(signed.signature)
     files[RELEASE_FILE] = memoryview(_read_release(source, model))
+    attestations = _read_attestations(source, model)
     with _locked(root):
         index = _read_index(root)
         _check_not_taken(index, model, root)
-        _put(index, _write_image(root, model, files))
+        image = _write_image(root, model, files)
+        _put(index, image)
+        _refer(root, index, model, image, attestations)
         _point(index, model, aliases)
         _write_index(root, index)
     return model
@@ -110,6 +118,18 @@ def _read_release(source: Path, model: Resolved) -> bytes:
     release = parse_release(parse_envelope(raw, what=RELEASE_FILE))
     check_release(release, ModelRef(f"{model.name}:{model.version}"), model.digest)
     return raw
+
+
+def _read_attestations(source: Path, model: Resolved) -> Mapping[str, bytes]:
+    found = DirectoryRegistry(source).attestations(model)
+    for name, raw in found.items():
+        spoken_of = parse_attestation(parse_envelope(raw, what=file_of(name))).digest
+        if spoken_of != model.digest:
+            raise VerificationError(
+                f"{source / file_of(name)} attests {spoken_of}, but the manifest is "
+                f"{model.digest}: attest this model with `ztserve attest`, or remove it"
+            )
+    return found
 
 
 def _check_aliases(name: str, aliases: Collection[str]) -> None:
@@ -237,6 +257,43 @@ def _write_image(
         DIGEST: model.digest,
     }
     return descriptor
+
+
+def _refer(
+    root: Path,
+    index: list[Descriptor],
+    model: Resolved,
+    image: Descriptor,
+    attestations: Mapping[str, bytes],
+) -> None:
+    """List the attestations as referrers of the model's image manifest."""
+    subject = {key: image[key] for key in ("mediaType", "digest", "size")}
+    for name, content in sorted(attestations.items()):
+        layer = _write_blob(root, memoryview(content))
+        referrer = {
+            "schemaVersion": 2,
+            "mediaType": IMAGE_MANIFEST_TYPE,
+            "artifactType": BUNDLE_TYPE,
+            "config": {
+                "mediaType": EMPTY_TYPE,
+                **_write_blob(root, memoryview(_EMPTY)),
+            },
+            "layers": [
+                {
+                    "mediaType": BUNDLE_TYPE,
+                    **layer,
+                    "annotations": {TITLE: file_of(name)},
+                }
+            ],
+            "subject": subject,
+        }
+        descriptor = _write_blob(root, memoryview(json.dumps(referrer).encode()))
+        descriptor["mediaType"] = IMAGE_MANIFEST_TYPE
+        descriptor["artifactType"] = BUNDLE_TYPE
+        descriptor["annotations"] = {OF: model.digest, ATTESTATION: name}
+        notes = descriptor["annotations"].items()
+        index[:] = [n for n in index if not notes <= n.get("annotations", {}).items()]
+        index.append(descriptor)
 
 
 def _write_blob(root: Path, content: memoryview) -> Descriptor:

@@ -20,7 +20,8 @@ from ztserve.artifacts.loading.loader import (
 from ztserve.artifacts.publish.atomic import replace
 from ztserve.artifacts.publish.stamping import StatementSigner
 from ztserve.artifacts.registry.directory import DirectoryRegistry, model_files
-from ztserve.artifacts.registry.files import open_file
+from ztserve.artifacts.registry.files import list_files, open_file
+from ztserve.artifacts.statements.attestation import is_attestation
 from ztserve.artifacts.statements.envelope import STATEMENT_TYPE, parse_envelope
 from ztserve.artifacts.statements.manifest import (
     IGNORABLE,
@@ -70,8 +71,9 @@ def sign_model(
     An OpenSSF Model Signing v1.0 bundle; `name` (default: the directory's) is for
     people and is part of the model's identity. `serialization` (default: SHA-256, see
     `choose_serialization`) says what is hashed. Replaces an older signature, and
-    removes the release of another manifest. Raises VerificationError on a file that
-    could not be served, RegistryError where the directory cannot be read.
+    removes the release and attestations of another manifest. Raises VerificationError
+    on a file that could not be served, RegistryError where the directory cannot be
+    read.
     """
     root = Path(directory)
     sizes = model_files(root)
@@ -93,6 +95,8 @@ def sign_model(
     )
     parse_manifest(parse_envelope(bundle, what=SIGNATURE_FILE))  # else nobody reads it
     (root / RELEASE_FILE).unlink(missing_ok=True)
+    for file in filter(is_attestation, list_files(root)):
+        (root / file).unlink()
     replace(root / SIGNATURE_FILE, bundle)
     return root / SIGNATURE_FILE
 
@@ -226,7 +230,7 @@ def model_statement(
         "resources": listed,
     }
     root = root_digest(resources[resource] for resource in ordered)
-    return _statement(name, root, PREDICATE_TYPE, predicate)
+    return statement(name, root, PREDICATE_TYPE, predicate)
 
 
 def _place(resource: str, how: Serialization) -> tuple[tuple[str, ...], int]:
@@ -240,16 +244,17 @@ def _place(resource: str, how: Serialization) -> tuple[tuple[str, ...], int]:
 def release_statement(name: str, version: str, digest: str) -> bytes:
     """Return the in-toto statement that the manifest `digest` is ``name:version``."""
     predicate = {"name": name, "version": version}
-    return _statement(name, digest.removeprefix("sha256:"), RELEASE_TYPE, predicate)
+    return statement(name, digest.removeprefix("sha256:"), RELEASE_TYPE, predicate)
 
 
-def _statement(
+def statement(
     name: str, sha256: str, predicate_type: str, predicate: Mapping[str, object]
 ) -> bytes:
-    statement = {
+    """Return an in-toto Statement v1 about one subject, to be signed."""
+    node = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": sha256}}],
         "predicateType": predicate_type,
         "predicate": predicate,
     }
-    return json.dumps(statement, sort_keys=True).encode()
+    return json.dumps(node, sort_keys=True).encode()

@@ -1,4 +1,7 @@
-"""A signed directory as a registry of one model: files, model.sig and release.sig."""
+"""A signed directory as a registry of one model.
+
+Beside the model's files lie model.sig, release.sig and attestations/NAME.sig.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +13,16 @@ from ztserve.artifacts.registry.files import (
     read_file,
 )
 from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.statements.attestation import (
+    MAX_ATTESTATION_BYTES,
+    MAX_ATTESTATIONS,
+    is_attestation,
+)
 from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES, parse_envelope
 from ztserve.artifacts.statements.manifest import (
     RELEASE_FILE,
     SIGNATURE_FILE,
-    SIGNATURE_FILES,
+    is_statement,
 )
 from ztserve.artifacts.statements.release import parse_release
 from ztserve.errors import RegistryError, VerificationError
@@ -22,9 +30,9 @@ from ztserve.types import ModelRef
 
 
 def model_files(root: Path) -> dict[str, int]:
-    """List every file of a directory but the two signature files, name to size."""
+    """List every file of a directory but signatures and attestations, name to size."""
     found = list_files(root)
-    return {name: n for name, n in found.items() if name not in SIGNATURE_FILES}
+    return {name: n for name, n in found.items() if not is_statement(name)}
 
 
 class DirectoryRegistry:
@@ -89,8 +97,27 @@ class DirectoryRegistry:
                 f"{RELEASE_FILE} by a deployer; publish it with `ztserve publish`"
             ) from error
 
+    def attestations(self, model: Resolved) -> Mapping[str, bytes]:
+        """Return attestations/NAME.sig by NAME; RegistryError where they are many."""
+        names = sorted(filter(is_attestation, list_files(self._root)))
+        if len(names) > MAX_ATTESTATIONS:
+            raise RegistryError(
+                f"{self._root} has {len(names)} attestations; the limit is "
+                f"{MAX_ATTESTATIONS}: remove those that nobody requires"
+            )
+        return {
+            name.partition("/")[2].removesuffix(".sig"): self._attestation(name)
+            for name in names
+        }
+
+    def _attestation(self, name: str) -> bytes:
+        try:
+            return read_file(self._root, name, limit=MAX_ATTESTATION_BYTES)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{self._root}: {name!r} vanished") from error
+
     def files(self, model: Resolved) -> Mapping[str, int]:
-        """List every file of the directory but the two signature files."""
+        """List every file of the directory but signatures and attestations."""
         return model_files(self._root)
 
     def open(self, model: Resolved, name: str) -> FileReader:

@@ -2,7 +2,8 @@
 
 One index.json lists the models by annotations; all else is addressed by digest. Each
 model is an image manifest whose layers are its files, titled with their names, and
-its two signature bundles. Copies to and from OCI registries with stock tools.
+its two signature bundles; attestations refer to it. Copies to and from OCI registries
+with stock tools.
 """
 
 import hashlib
@@ -13,6 +14,12 @@ from pathlib import Path
 
 from ztserve.artifacts.registry.files import FileReader, open_file, read_file
 from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.registry.referrers import (
+    MAX_REFERRER_BYTES,
+    parse_bundle_layer,
+    parse_referrers,
+)
+from ztserve.artifacts.statements.attestation import MAX_ATTESTATION_BYTES
 from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES
 from ztserve.artifacts.statements.manifest import (
     MAX_FILES,
@@ -107,6 +114,23 @@ class LayoutRegistry:
         """Return the model's release; VerificationError if it has none."""
         return self._bundle(model, RELEASE_FILE, "released")
 
+    def attestations(self, model: Resolved) -> Mapping[str, bytes]:
+        """Return the bundles that refer to the model, by name, as of now."""
+        where = f"{self._root / INDEX_FILE}"
+        found = parse_referrers(
+            self._index(), model, where, limit=MAX_INDEX_BYTES, most=MAX_MODELS
+        )
+        return {one.name: self._attestation(one.name, one.node) for one in found}
+
+    def _attestation(self, name: str, node: Object) -> bytes:
+        where = f"{self._root}: the attestation {name!r}"
+        try:
+            raw = self._read(_blob(node), limit=MAX_REFERRER_BYTES)
+            bundle = _blob(parse_bundle_layer(raw, where))
+        except Malformed as error:
+            raise RegistryError(f"{where}: {error}") from error
+        return self._read(bundle, limit=MAX_ATTESTATION_BYTES)
+
     def files(self, model: Resolved) -> Mapping[str, int]:
         """List the files that the model's image manifest names, with their sizes."""
         layers = self._of(model)
@@ -129,11 +153,13 @@ class LayoutRegistry:
         return self._read(layers[name], limit=MAX_BUNDLE_BYTES)
 
     def _entries(self) -> list[Entry]:
+        return parse_index(self._index(), f"{self._root / INDEX_FILE}")
+
+    def _index(self) -> bytes:
         try:
-            raw = read_file(self._root, INDEX_FILE, limit=MAX_INDEX_BYTES)
+            return read_file(self._root, INDEX_FILE, limit=MAX_INDEX_BYTES)
         except FileNotFoundError as error:
             raise RegistryError(f"{self._root} has no {INDEX_FILE}") from error
-        return parse_index(raw, f"{self._root / INDEX_FILE}")
 
     def _of(self, model: Resolved) -> Mapping[str, Blob]:
         if model not in self._layers:
@@ -168,7 +194,7 @@ class LayoutRegistry:
 
 
 def parse_index(raw: bytes, where: str) -> list[Entry]:
-    """Parse index.json; entries that are no models are left out.
+    """Parse index.json; entries that are no models (attestations) are left out.
 
     Raises RegistryError.
     """

@@ -1,7 +1,7 @@
 """Where models come from: a registry, read only and not trusted.
 
 Whatever a registry answers is a claim until `loader.verify_model` has checked it;
-what it can do wrong at most is to be away. Five verbs, none of which writes.
+what it can do wrong at most is to be away. Six verbs, none of which writes.
 """
 
 from collections.abc import Mapping
@@ -78,6 +78,12 @@ class Registry(Protocol):
 
     def release(self, model: Resolved) -> bytes:
         """Return the bundle that signs its name and version."""
+
+    def attestations(self, model: Resolved) -> Mapping[str, bytes]:
+        """Return the bundles that speak of its manifest, by name; none is no error.
+
+        At most MAX_ATTESTATIONS of at most MAX_ATTESTATION_BYTES each: RegistryError.
+        """
 
     def files(self, model: Resolved) -> Mapping[str, int]:
         """List the model's files, name to size; all there are, signed or not."""

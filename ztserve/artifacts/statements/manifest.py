@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ztserve.artifacts.statements.attestation import FOLDER as ATTESTATIONS
+from ztserve.artifacts.statements.attestation import is_attestation
 from ztserve.artifacts.statements.envelope import (
     Envelope,
     parse_statement,
@@ -35,8 +37,14 @@ PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 SIGNATURE_FILE = "model.sig"
 RELEASE_FILE = "release.sig"
 SIGNATURE_FILES = frozenset({SIGNATURE_FILE, RELEASE_FILE})
-IGNORABLE = SIGNATURE_FILES | {".git", ".gitattributes", ".github", ".gitignore"}
-"""What `ignore_paths` may list. Beside the two signature files nothing is in fact
+IGNORABLE = SIGNATURE_FILES | {
+    ATTESTATIONS,
+    ".git",
+    ".gitattributes",
+    ".github",
+    ".gitignore",
+}
+"""What `ignore_paths` may list. Beside signatures and attestations nothing is in fact
 ignored: an unsigned ``.git`` is refused as any other unsigned file."""
 MAX_FILES = 10_000
 MAX_RESOURCES = 1 << 16
@@ -95,6 +103,11 @@ def check_ignored(node: Object) -> None:
     for path in get(node, "ignore_paths", list) if "ignore_paths" in node else []:
         if path not in IGNORABLE:
             raise Malformed(f"ignore_paths leaves {path!r} unsigned: sign every file")
+
+
+def is_statement(name: str) -> bool:
+    """Tell whether a file beside a model's own is a signature or an attestation."""
+    return name in SIGNATURE_FILES or is_attestation(name)
 
 
 def root_digest(digests: Iterable[str]) -> str:
@@ -179,7 +192,7 @@ def check_names(names: Collection[str]) -> None:
                 f"the file name {name!r} is not canonical: expected a plain relative "
                 "name of ASCII letters, digits and _.+=@- without hidden parts"
             )
-        if name in SIGNATURE_FILES:
+        if name in SIGNATURE_FILES or parts[0] == ATTESTATIONS:
             raise Malformed(f"{name!r} cannot be a file of the model")
         folders.update("/".join(parts[:n]) for n in range(1, len(parts)))
     both = folders & set(names)

@@ -3,8 +3,9 @@
 A TOML file, read once, strictly. Nobody is trusted by default, and a file that
 others could write is not a policy::
 
-    version = 1
+    version = 1                                 # raise it with each change
     expires = 2027-06-30T00:00:00Z              # optional
+    formats = ["safetensors", "json"]           # optional: no file of another suffix
 
     [[signers]]
     name = "training"
@@ -12,6 +13,14 @@ others could write is not a policy::
     roles = ["trainer"]                         # of trainer, evaluator, deployer
     not_before = 2026-01-01T00:00:00Z           # optional
     not_after = 2027-01-01T00:00:00Z            # optional
+
+    [[require]]                                 # optional: see `requirements`
+    predicate = "https://in-toto.io/attestation/test-result/v0.1"
+    roles = ["evaluator"]
+    minimum = { accuracy = 0.9 }
+
+    [min_versions]                              # no version below, per model
+    digits = "3"
 
     [[signers]]
     name = "pipeline"
@@ -30,7 +39,7 @@ others could write is not a policy::
     [revoked]
     keys = ["sha256:..."]                       # as `ztserve key` prints them
     serials = ["7f03..."]                       # of certificates, in hex
-    manifests = ["sha256:..."]                  # digests of models
+    manifests = [{ digest = "sha256:...", reason = "trained on poisoned data" }]
 
 A key's and a certificate's window is held against the time that a timestamp proves.
 Without one it is held against the present: after `not_after` nothing counts.
@@ -40,8 +49,8 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -63,6 +72,14 @@ from ztserve.artifacts.trust.chains import (
     parse_serials,
     serials,
     verify_svid,
+)
+from ztserve.artifacts.trust.requirements import (
+    Requirement,
+    check_formats,
+    check_version,
+    parse_formats,
+    parse_min_versions,
+    parse_requirements,
 )
 from ztserve.artifacts.trust.signers import (
     Role,
@@ -88,9 +105,12 @@ from ztserve.errors import ConfigError, VerificationError
 _TABLES = (
     "version",
     "expires",
+    "formats",
     "signers",
     "bundles",
     "timestamp_authorities",
+    "require",
+    "min_versions",
     "revoked",
 )
 POLICY_TYPE = "application/vnd.ztserve.trust-policy.v1+toml"
@@ -106,8 +126,17 @@ class TrustPolicy:
     digest: str
     """``sha256:<hex>`` of the file: names this policy in the audit."""
     expires: datetime | None = None
-    revoked_keys: frozenset[str] = frozenset()
-    revoked_manifests: frozenset[str] = frozenset()
+    revoked_keys: Mapping[str, str] = field(default_factory=dict)
+    """Key id to the reason, which may be empty."""
+    revoked_manifests: Mapping[str, str] = field(default_factory=dict)
+    """Digest of a model to the reason."""
+    requirements: tuple[Requirement, ...] = ()
+    min_versions: Mapping[str, str] = field(default_factory=dict)
+    """Name of a model to the oldest version that may be served."""
+    formats: frozenset[str] | None = None
+    """Suffixes that a model's files may have; None: whatever `content` lets pass."""
+    signed: bool = False
+    """Whether it was signed under a trust root."""
     revoked_serials: frozenset[str] = frozenset()
     bundles: tuple[Bundle, ...] = ()
     timestamp_authorities: tuple[TimestampAuthority, ...] = ()
@@ -128,7 +157,10 @@ class TrustPolicy:
                     f"{signer.spiffe.trust_domain}, whose roots no [[bundles]] holds"
                 )
         for bundle in self.bundles:
-            if bundle.keys & self.revoked_keys or bundle.serials & self.revoked_serials:
+            if (
+                bundle.keys & self.revoked_keys.keys()
+                or bundle.serials & self.revoked_serials
+            ):
                 raise ConfigError(
                     f"a root of {bundle.trust_domain} is in [[bundles]] and in "
                     "[revoked]: take it out of the bundle"
@@ -163,6 +195,12 @@ class TrustPolicy:
         return policy
 
     @classmethod
+    def check_signable(cls, path: str | os.PathLike[str]) -> None:
+        """Raise ConfigError unless `load` would take the file, once its root signs."""
+        path = Path(path)
+        cls._parse(read_guarded(path), path, inline=True)
+
+    @classmethod
     def _parse(cls, raw: bytes, path: Path, *, inline: bool) -> Self:
         try:
             table = tomllib.loads(raw.decode("utf-8"))
@@ -176,15 +214,22 @@ class TrustPolicy:
         entries = take(table, "signers", list, where) or []
         revoked = take(table, "revoked", dict, where) or {}
         only(revoked, ("keys", "serials", "manifests"), f"{where}: [revoked]")
+        signers = parse_signers(entries, path, inline=inline)
+        known = frozenset[Role]().union(*(signer.roles for signer in signers))
+        required = take(table, "require", list, where) or []
         bundles = take(table, "bundles", list, where) or []
         clocks = take(table, "timestamp_authorities", list, where) or []
         return cls(
             version=version,
-            signers=parse_signers(entries, path, inline=inline),
+            signers=signers,
             digest="sha256:" + hashlib.sha256(raw).hexdigest(),
             expires=take_time(table, "expires", where),
             revoked_keys=_digests(revoked, "keys", where),
             revoked_manifests=_digests(revoked, "manifests", where),
+            requirements=parse_requirements(required, where, known),
+            min_versions=parse_min_versions(table, where),
+            formats=parse_formats(table, where),
+            signed=inline,
             revoked_serials=parse_serials(revoked, where),
             bundles=parse_bundles(bundles, path, inline=inline),
             timestamp_authorities=parse_authorities(clocks, path, inline=inline),
@@ -250,8 +295,12 @@ class TrustPolicy:
         self, what: str, keys: frozenset[str], numbers: frozenset[str]
     ) -> None:
         """Refuse what is revoked, whenever it signed: a thief can backdate."""
-        for key in keys & self.revoked_keys:
-            raise VerificationError(f"{what}: the signing key {key} is revoked")
+        for key in keys & self.revoked_keys.keys():
+            reason = self.revoked_keys[key]
+            raise VerificationError(
+                f"{what}: the signing key {key} is revoked"
+                + (f": {reason}" if reason else "")
+            )
         for number in numbers & self.revoked_serials:
             raise VerificationError(
                 f"{what}: the certificate with serial {number} is revoked"
@@ -290,7 +339,22 @@ class TrustPolicy:
     def check_not_revoked(self, digest: str) -> None:
         """Raise VerificationError if the manifest with this digest is revoked."""
         if digest in self.revoked_manifests:
-            raise VerificationError(f"the trust policy revokes the model {digest}")
+            reason = self.revoked_manifests[digest]
+            raise VerificationError(
+                f"the trust policy (version {self.version}) revokes the model {digest}"
+                + (f": {reason}" if reason else "")
+                + "; deploy another version"
+            )
+
+    def check_version(self, name: str, version: str) -> None:
+        """Raise VerificationError if the policy demands a newer version of a model."""
+        if name in self.min_versions:
+            check_version(name, version, self.min_versions[name])
+
+    def check_formats(self, names: Collection[str]) -> None:
+        """Raise VerificationError if a file is of no format that the policy allows."""
+        if self.formats is not None:
+            check_formats(names, self.formats)
 
 
 def _moment(now: datetime | None) -> datetime:
@@ -316,11 +380,18 @@ def _check_root_signature(path: Path, raw: bytes, root: str | os.PathLike[str]) 
         ) from error
 
 
-def _digests(table: Mapping[str, object], key: str, where: str) -> frozenset[str]:
-    values = take(table, key, list, where) or []
-    for value in values:
-        if not isinstance(value, str) or not _DIGEST.match(value):
+def _digests(table: Mapping[str, object], key: str, where: str) -> dict[str, str]:
+    """Return digests with their reasons; each is text, or ``{digest, reason}``."""
+    found: dict[str, str] = {}
+    for value in take(table, key, list, where) or []:
+        entry = value if isinstance(value, dict) else {"digest": value}
+        only(entry, ("digest", "reason"), f"{where}: [revoked] {key}")
+        digest, reason = entry.get("digest"), entry.get("reason", "")
+        if not isinstance(digest, str) or not _DIGEST.match(digest):
             raise ConfigError(
-                f"{where}: [revoked] {key} holds {value!r}; expected sha256:<64 hex>"
+                f"{where}: [revoked] {key} holds {digest!r}; expected sha256:<64 hex>"
             )
-    return frozenset(values)
+        if not isinstance(reason, str):
+            raise ConfigError(f"{where}: [revoked] {key}: the reason must be text")
+        found[digest] = reason
+    return found

@@ -141,7 +141,7 @@ def _parse_signer(
         name=name,
         key=key,
         key_id=key_id(key) if key else "",
-        roles=_roles(take(entry, "roles", list, where) or [], where),
+        roles=roles_of(take(entry, "roles", list, where) or [], where),
         not_before=take_time(entry, "not_before", where),
         not_after=take_time(entry, "not_after", where),
         spiffe=_spiffe(spiffe, where) if spiffe else None,
@@ -164,7 +164,8 @@ def _spiffe(text: str, where: str) -> SpiffeId:
         raise ConfigError(f"{where}: spiffe: {error}") from error
 
 
-def _roles(values: list[object], where: str) -> frozenset[Role]:
+def roles_of(values: list[object], where: str) -> frozenset[Role]:
+    """Return the roles that a list names, at least one; ConfigError."""
     if not values or any(value not in ROLES for value in values):
         raise ConfigError(
             f"{where}: roles is {values!r}; expected at least one of {', '.join(ROLES)}"

@@ -1,0 +1,83 @@
+"""Attestations in an OCI image layout: referrers of a model's image manifest.
+
+Each is an image manifest of one layer, the bundle, whose `subject` is the model's
+(OCI image-spec v1.1, "Image Manifest"). The index names, beside each, the digest of
+the model and the name of the attestation, so that only those of one model are read.
+"""
+
+from dataclasses import dataclass
+
+from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.statements.attestation import (
+    MAX_ATTESTATION_BYTES,
+    MAX_ATTESTATIONS,
+    file_of,
+)
+from ztserve.artifacts.statements.strict import (
+    Malformed,
+    Object,
+    as_object,
+    get,
+    get_objects,
+    load_object,
+)
+from ztserve.errors import RegistryError
+
+OF = "dev.ztserve.attestation.of"
+NAME = "dev.ztserve.attestation.name"
+MAX_REFERRER_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Referrer:
+    """An entry of the index: an attestation's name, and where its manifest is."""
+
+    name: str
+    node: Object
+
+
+def parse_referrers(
+    raw: bytes, model: Resolved, where: str, *, limit: int, most: int
+) -> list[Referrer]:
+    """Return the attestations that an index lists for one model; RegistryError.
+
+    `limit`: bytes of the index; `most`: entries of it.
+    """
+    try:
+        entries = get_objects(load_object(raw, limit=limit), "manifests", limit=most)
+        found = [
+            Referrer(get(notes, NAME, str), entry)
+            for entry in entries
+            if (notes := _annotations(entry)).get(OF) == model.digest
+        ]
+        for one in found:
+            file_of(one.name)
+        if len({one.name for one in found}) != len(found):
+            raise Malformed(f"two attestations of {model.name} have the same name")
+    except Malformed as error:
+        raise RegistryError(f"{where}: {error}") from error
+    if len(found) > MAX_ATTESTATIONS:
+        raise RegistryError(
+            f"{where}: {model.name}:{model.version} has {len(found)} attestations; the "
+            f"limit is {MAX_ATTESTATIONS}"
+        )
+    return found
+
+
+def parse_bundle_layer(raw: bytes, where: str) -> Object:
+    """Return the descriptor of a referrer's one layer, the bundle; RegistryError."""
+    try:
+        layers = get_objects(
+            load_object(raw, limit=MAX_REFERRER_BYTES), "layers", limit=1
+        )
+        if len(layers) != 1:
+            raise Malformed("no layer, where one bundle is expected")
+        if get(layers[0], "size", int) > MAX_ATTESTATION_BYTES:
+            raise Malformed(f"a bundle above {MAX_ATTESTATION_BYTES} bytes")
+        return layers[0]
+    except Malformed as error:
+        raise RegistryError(f"{where}: {error}") from error
+
+
+def _annotations(node: Object) -> Object:
+    return as_object(node.get("annotations", {}), "annotations")

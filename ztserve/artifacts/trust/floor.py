@@ -1,0 +1,138 @@
+"""The newest trust policy that this node has seen, kept outside any replica.
+
+A replica starts without memory, so it would take an old policy, validly signed, that
+knows nothing of a revocation. The floor is a file in the project's state folder.
+Whoever may write there can lower it; a new node has none yet: `min_policy_version` in
+the configuration is the floor that travels with a deployment.
+"""
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztserve.artifacts.statements.strict import Malformed, get, load_object, only
+from ztserve.artifacts.trust.policy import TrustPolicy
+from ztserve.artifacts.trust.signers import read_guarded
+from ztserve.errors import ConfigError
+
+FILE = "trust-floor.json"
+MAX_FLOOR_BYTES = 4096
+LOCK_S = 2.0
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A version of the policy, and the digest of its text."""
+
+    version: int
+    digest: str
+
+
+class Floor:
+    """The floor of one project on one node."""
+
+    def __init__(self, folder: Path, *, least: int = 1) -> None:
+        self.path = folder / FILE
+        self._least = least
+
+    def check(self, policy: TrustPolicy) -> None:
+        """Raise ConfigError if the policy is older than one that was seen.
+
+        Under a trust root also where a version has two texts: who edits raises it.
+        """
+        if policy.version < self._least:
+            raise ConfigError(
+                f"the trust policy is version {policy.version}, and [artifacts] "
+                f"min_policy_version is {self._least}: fetch the newer policy"
+            )
+        seen = self.seen()
+        if seen is None:
+            return
+        if policy.version < seen.version:
+            raise ConfigError(
+                f"the trust policy is version {policy.version}, and this node has seen "
+                f"version {seen.version} ({self.path}): an older policy is not taken "
+                "back; fetch the newer one, or raise the version of this one"
+            )
+        same = policy.version == seen.version
+        if policy.signed and same and policy.digest != seen.digest:
+            raise ConfigError(
+                f"two trust policies are signed as version {policy.version}: "
+                f"{policy.digest} and, seen before, {seen.digest} ({self.path}); "
+                "raise the version with each change and sign again"
+            )
+
+    def keep(self, policy: TrustPolicy) -> None:
+        """Remember the policy as the newest; ConfigError as `check`."""
+        now = Seen(policy.version, policy.digest)
+        with self._locked():
+            self.check(policy)
+            if self.seen() != now:
+                self._write(now)
+
+    def seen(self) -> Seen | None:
+        """Return what was kept last; None where nothing was; ConfigError."""
+        if not os.path.lexists(self.path):
+            return None
+        try:
+            node = load_object(read_guarded(self.path), limit=MAX_FLOOR_BYTES)
+            only(node, ("version", "digest"), "the floor")
+            seen = Seen(get(node, "version", int), get(node, "digest", str))
+            if seen.version < 1 or not _DIGEST.match(seen.digest):
+                raise Malformed("not a version and a digest")
+        except Malformed as error:
+            raise ConfigError(
+                f"{self.path}: {error}; it says which trust policy was seen last: put "
+                "it back, or remove it to trust the present policy"
+            ) from error
+        return seen
+
+    def _write(self, seen: Seen) -> None:
+        content = json.dumps({"version": seen.version, "digest": seen.digest}).encode()
+        descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".floor-")
+        try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            Path(temporary).replace(self.path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self.path.with_suffix(".lock")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(lock, flags, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"{lock}: {error.strerror}: the node cannot keep which trust policy "
+                "it has seen; make the folder writable to this user"
+            ) from error
+        try:
+            _lock(descriptor, lock)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= until:
+                raise ConfigError(f"{path} is locked by another process") from error
+            time.sleep(0.01)
