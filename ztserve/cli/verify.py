@@ -6,6 +6,7 @@ from pathlib import Path
 from ztserve import config, types
 from ztserve.artifacts import Check, verify_model
 from ztserve.cli import show
+from ztserve.errors import RegistryError
 
 HEADS = ("stage", "checked", "signed_by", "when", "rule")
 UNPROVEN = "no proven time"
@@ -31,9 +32,19 @@ def run(chosen: argparse.Namespace) -> int:
     """Verify every byte and print what was proved; refuse with exit code 2."""
     settings = config.load()
     trust = config.load_trust(settings, chosen.trust)
-    source = chosen.source or config.open_registry(settings)
     now = types.now()
-    model = verify_model(source, chosen.model, trust, now=now, purpose=chosen.purpose)
+    try:
+        source = chosen.source or config.open_registry(settings)
+        model = verify_model(
+            source, chosen.model, trust, now=now, purpose=chosen.purpose
+        )
+    except RegistryError as error:
+        if chosen.source is None and Path(chosen.model).is_dir():
+            raise RegistryError(
+                f"{error}; {chosen.model} is a folder here: to verify what is in it, "
+                f"`ztserve verify NAME --from {chosen.model}`"
+            ) from error
+        raise
     facts = {
         "model": model.name,
         "version": model.version,

@@ -521,3 +521,13 @@ def test_nonsense_is_not_signed_as_a_policy(ztserve, project):
     assert done.code == 2
     assert "version must be a number from 1" in done.err
     assert not (project / "p.toml.sig").exists()
+
+
+def test_a_folder_in_place_of_a_name_is_told_how_to_be_verified(
+    ztserve, project, weights
+):
+    assert ztserve("sign", weights).code == 0
+    done = ztserve("verify", "weights")
+    assert done.code == 2
+    assert "`ztserve verify NAME --from weights`" in done.err
+    assert ztserve("verify", "double", "--from", "weights", "--for", "deploy").code == 0
