@@ -38,7 +38,7 @@ bench: $(STAMP)
 	$(PY) -m bench.stages
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "installing about 150 packages into $(VENV): minutes, without a word"
+	@echo "installing about 165 packages into $(VENV): minutes, without a word"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt -e ".[serve,text,examples,dev]"
 	touch $(STAMP)
