@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ztserve import config
 from ztserve.artifacts import publish
-from ztserve.cli import signer
+from ztserve.cli import certified, signer
 from ztserve.errors import ConfigError
 
 _ASSIGNED = re.compile(r"([^=]+)=([^=]+)\Z")
@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("directory", type=Path, help="a signed model")
     signer.arguments(parser, "keys/evaluator.pem of the project")
+    certified.arguments(parser)
     parser.add_argument("--name", default="evaluation", help="attestations/NAME.sig")
     for word, what in (
         ("metric", "a measured value, such as accuracy=0.97; may be repeated"),
@@ -51,13 +52,7 @@ def run(chosen: argparse.Namespace) -> int:
         kind, predicate = str(chosen.predicate_type), _predicate(chosen)
     else:
         kind, predicate = publish.TEST_RESULT, _evaluation(chosen)
-    key = chosen.key or config.load().state / "keys/evaluator.pem"
-    if not key.exists():
-        raise ConfigError(
-            f"{key}: there is no such key; make one with `ztserve key new {key} --role "
-            "evaluator`, and paste what it prints into the trust policy"
-        )
-    signing = signer.load(key, chosen.passphrase_file)
+    signing = certified.signer(chosen, lambda: _key(chosen), "evaluator")
     print(
         publish.attest_model(
             chosen.directory,
@@ -68,6 +63,16 @@ def run(chosen: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _key(chosen: argparse.Namespace) -> publish.SigningKey:
+    key = chosen.key or config.load().state / "keys/evaluator.pem"
+    if not key.exists():
+        raise ConfigError(
+            f"{key}: there is no such key; make one with `ztserve key new {key} --role "
+            "evaluator`, and paste what it prints into the trust policy"
+        )
+    return signer.load(key, chosen.passphrase_file)
 
 
 def _evaluation(chosen: argparse.Namespace) -> publish.Predicate:

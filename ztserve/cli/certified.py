@@ -1,4 +1,4 @@
-"""What ``ztserve sign`` signs with beside a plain key: an SVID, a timestamp."""
+"""What a verb signs with beside a plain key: an SVID, a timestamp."""
 
 import argparse
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from cryptography import x509
 
 from ztserve import config, identity
-from ztserve.artifacts import publish
+from ztserve.artifacts import Role, publish
 from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.timestamps import parse_timestamp
 from ztserve.artifacts.trust.chains import certificates
@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def signer(
-    chosen: argparse.Namespace, load_key: Callable[[], publish.SigningKey]
+    chosen: argparse.Namespace, load_key: Callable[[], publish.SigningKey], role: Role
 ) -> publish.StatementSigner:
     """Return what the arguments name; `load_key` is asked where it is a key.
 
@@ -54,7 +54,7 @@ def signer(
         current = source.current()
     where = chosen.timestamp or str(settings.state / "keys" / "timestamp.pem")
     signing = _stamped(publish.SvidKey(current.svid), where)
-    _archive(current, settings)
+    _archive(current, settings, role)
     return signing
 
 
@@ -79,7 +79,7 @@ def _stamped(
     return publish.TimestampedSigner(signing, publish.stamp_with(authority))
 
 
-def _archive(current: identity.Identity, settings: config.Settings) -> None:
+def _archive(current: identity.Identity, settings: config.Settings, role: Role) -> None:
     """Keep the roots under which the SVID is good now: tomorrow they may be others."""
     domain = current.svid.id.trust_domain
     roots = pem(current.bundles[domain])
@@ -97,7 +97,7 @@ def _archive(current: identity.Identity, settings: config.Settings) -> None:
     print(
         "# for the trust policy, once:\n"
         f"[[signers]]\nname = {json.dumps(name)}\n"
-        f'spiffe = "{current.svid.id}"\nroles = ["trainer"]\n\n'
+        f'spiffe = "{current.svid.id}"\nroles = ["{role}"]\n\n'
         f'[[bundles]]\ntrust_domain = "{domain}"\nroots = {json.dumps(beside)}\n',
         file=sys.stderr,  # the signature's facts alone are the answer
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ztserve import config, types
 from ztserve.artifacts import publish, verify_model
-from ztserve.cli import signer
+from ztserve.cli import certified, signer
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
 
@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("model", help="name:version")
     signer.arguments(parser, "the development deployer's")
+    certified.arguments(parser)
     parser.add_argument("--registry", type=Path, help="default: ztserve.toml's")
     parser.add_argument(
         "--alias", action="append", help="may be repeated (default: production)"
@@ -33,7 +34,9 @@ def run(chosen: argparse.Namespace) -> int:
     trust = config.load_trust(settings)
     looked_at = verify_model(chosen.directory, ref, trust, purpose="deploy")
     path = chosen.key or settings.state / "keys/deployer.pem"
-    key = signer.load(path, chosen.passphrase_file)
+    key = certified.signer(
+        chosen, lambda: signer.load(path, chosen.passphrase_file), "deployer"
+    )
     publish.release_model(chosen.directory, key, name=ref.name, version=ref.version)
     publish.attest_model(
         chosen.directory,

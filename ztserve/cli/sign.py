@@ -56,7 +56,7 @@ def run(chosen: argparse.Namespace) -> int:
         return _sign_policy(chosen.directory, chosen)
     sizes = model_files(chosen.directory)
     how = _serialization(chosen, sizes)
-    signing = certified.signer(chosen, lambda: _key(chosen))
+    signing = certified.signer(chosen, lambda: _key(chosen), "trainer")
     path = publish.sign_model(
         chosen.directory, signing, name=chosen.name, serialization=how
     )

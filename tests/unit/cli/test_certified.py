@@ -105,3 +105,31 @@ def test_a_timestamp_authority_has_no_role(ztserve, empty):
     assert done.code == 2
     assert "--role: a timestamp authority has none" in done.err
     assert not (empty / "clock.pem").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "role", "file"),
+    [
+        (
+            ("attest", "--metric", "accuracy=1"),
+            "evaluator",
+            "attestations/evaluation.sig",
+        ),
+        (("publish", "double:1"), "deployer", "release.sig"),
+    ],
+)
+def test_the_other_stages_sign_with_an_svid_too(
+    ztserve, project, agent, weights, words, role, file
+):
+    assert ztserve("sign", weights).code == 0
+    verb, *rest = words
+    first = ztserve(verb, weights, *rest, "--svid")
+    assert f'roles = ["{role}"]' in first.err
+    trust = config.load().artifacts.trust_policy
+    tables = first.err.partition("ztserve publish:")[0]
+    trust.write_text(trust.read_text() + tables)
+    done = ztserve(verb, weights, *rest, "--svid")
+    assert (done.code, done.err) == (0, "")
+    signed = parse_envelope((weights / file).read_bytes(), what=file)
+    assert TrustPolicy.load(trust).verify(signed, role).spiffe == CLI
