@@ -9,7 +9,6 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 from ztserve.artifacts.registry.protocol import Reader
@@ -22,8 +21,6 @@ from ztserve.errors import RegistryError, VerificationError
 
 _CHUNK = 2 << 20
 """Bytes read and then hashed while they are still in the processor's cache."""
-_HUGE = 4 << 20
-"""From this size on, huge pages are asked for: small ones cost more than the read."""
 _PIECE = 32 << 20
 """Bytes that a thread takes at once of a file in shards: it opens the file for them."""
 
@@ -167,7 +164,6 @@ def _private_memory(size: int) -> memoryview:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise RegistryError(f"no memory for a file of {size} bytes") from error
-    if size >= _HUGE:
-        with suppress(OSError):  # a kernel without transparent huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    # No huge pages: on a virtual machine that gives free memory back, the host has to
+    # find each anew, and a load took twice as long.
     return memoryview(memory)
