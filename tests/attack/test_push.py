@@ -1,7 +1,6 @@
 """Attacks on who pushes models: by the registry, and by what the layout holds."""
 
 import json
-from contextlib import suppress
 
 import pytest
 
@@ -38,19 +37,6 @@ class Taker(LayoutServer):
     @staticmethod
     def _absent():
         return b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n"
-
-    def _answer(self, connection):
-        """As an `HttpServer`, but bodies are read."""
-        with suppress(OSError), connection, connection.makefile("rb") as file:
-            while line := file.readline():
-                verb, target, _ = line.decode().split()
-                headers = {}
-                while (field := file.readline()) not in {b"\r\n", b""}:
-                    key, _, value = field.decode().partition(":")
-                    headers[key.lower()] = value.strip()
-                file.read(int(headers.get("content-length", 0)))
-                self.requests.append((verb, target, headers))
-                connection.sendall(self.respond(target, headers))
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ class HttpServer:
                 while (field := file.readline()) not in {b"\r\n", b""}:
                     key, _, value = field.decode().partition(":")
                     headers[key.lower()] = value.strip()
+                file.read(int(headers.get("content-length", 0)))
                 self.requests.append((verb, target, headers))
                 said = self.respond(target, headers)
                 if said is None:

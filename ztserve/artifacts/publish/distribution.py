@@ -5,10 +5,8 @@ this code nor the right to push. Blobs first, then the image, then the tags that
 to it: whoever reads meanwhile sees the model whole or not at all.
 """
 
-import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -35,8 +33,10 @@ from ztserve.artifacts.registry.layout import (
     MAX_MODELS,
     Blob,
     Entry,
+    parse_blob,
     parse_index,
     parse_layers,
+    read_blob,
 )
 from ztserve.artifacts.registry.protocol import Resolved
 from ztserve.artifacts.statements.envelope import BUNDLE_TYPE
@@ -116,7 +116,7 @@ def _blobs(raw: bytes, where: str) -> list[Blob]:
     """Return the config and the layers of an image manifest."""
     try:
         image = load_object(raw, limit=MAX_INDEX_BYTES)
-        config = _blob(get(image, "config", dict))
+        config = parse_blob(get(image, "config", dict))
         found = [*parse_layers(raw, where).values(), config]
     except Malformed as error:
         raise RegistryError(f"the image manifest of {where}: {error}") from error
@@ -159,7 +159,7 @@ class _Layout:
         try:
             index = load_object(self._index, limit=MAX_INDEX_BYTES)
             nodes = get_objects(index, "manifests", limit=MAX_MODELS)
-            blobs = [_blob(n) for n in nodes if _is_bundle(n)]
+            blobs = [parse_blob(n) for n in nodes if _is_bundle(n)]
             found = [blob for blob in blobs if self._subject(blob) == image]
         except Malformed as error:
             raise RegistryError(f"{self._where}: {error}") from error
@@ -182,21 +182,7 @@ class _Layout:
 
     def read(self, blob: Blob) -> bytes:
         """Read a manifest; RegistryError unless it is what its digest says."""
-        name = str(self.path(blob).relative_to(self._root))
-        try:
-            raw = read_file(self._root, name, limit=MAX_INDEX_BYTES)
-        except FileNotFoundError as error:
-            raise RegistryError(f"{self._root}: {name} is missing") from error
-        if "sha256:" + hashlib.sha256(raw).hexdigest() != blob.digest:
-            raise RegistryError(f"{self._root / name} is not what its name says")
-        return raw
-
-
-def _blob(node: Object) -> Blob:
-    digest, size = get(node, "digest", str), get(node, "size", int)
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest) or size < 0:
-        raise Malformed(f"the descriptor {digest!r:.100} is not usable")
-    return Blob(digest, size)
+        return read_blob(self._root, blob, limit=MAX_INDEX_BYTES)
 
 
 def _is_bundle(node: Object) -> bool:

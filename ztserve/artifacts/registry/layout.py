@@ -102,7 +102,7 @@ class LayoutRegistry:
         if not found:
             raise RegistryError(f"{self._root} has no {ref}; it has {latest}")
         entry = found[-1]
-        raw = self._read(entry.manifest, limit=MAX_INDEX_BYTES)
+        raw = read_blob(self._root, entry.manifest, limit=MAX_INDEX_BYTES)
         self._layers[entry.model] = parse_layers(raw, f"{ref}")
         return entry.model
 
@@ -125,11 +125,11 @@ class LayoutRegistry:
     def _attestation(self, name: str, node: Object) -> bytes:
         where = f"{self._root}: the attestation {name!r}"
         try:
-            raw = self._read(_blob(node), limit=MAX_REFERRER_BYTES)
-            bundle = _blob(parse_bundle_layer(raw, where))
+            raw = read_blob(self._root, parse_blob(node), limit=MAX_REFERRER_BYTES)
+            bundle = parse_blob(parse_bundle_layer(raw, where))
         except Malformed as error:
             raise RegistryError(f"{where}: {error}") from error
-        return self._read(bundle, limit=MAX_ATTESTATION_BYTES)
+        return read_blob(self._root, bundle, limit=MAX_ATTESTATION_BYTES)
 
     def files(self, model: Resolved) -> Mapping[str, int]:
         """List the files that the model's image manifest names, with their sizes."""
@@ -150,7 +150,7 @@ class LayoutRegistry:
                 f"{model.name}:{model.version} in {self._root} is not {done}: it has "
                 f"no {name}"
             )
-        return self._read(layers[name], limit=MAX_BUNDLE_BYTES)
+        return read_blob(self._root, layers[name], limit=MAX_BUNDLE_BYTES)
 
     def _entries(self) -> list[Entry]:
         return parse_index(self._index(), f"{self._root / INDEX_FILE}")
@@ -182,15 +182,17 @@ class LayoutRegistry:
                 )
         return reader
 
-    def _read(self, blob: Blob, *, limit: int) -> bytes:
-        name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
-        try:
-            raw = read_file(self._root, name, limit=limit)
-        except FileNotFoundError as error:
-            raise RegistryError(f"{self._root}: {name} is missing") from error
-        if "sha256:" + hashlib.sha256(raw).hexdigest() != blob.digest:
-            raise RegistryError(f"{self._root / name} is not what its name says")
-        return raw
+
+def read_blob(root: Path, blob: Blob, *, limit: int) -> bytes:
+    """Read a blob of a layout; RegistryError unless it is what its digest says."""
+    name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+    try:
+        raw = read_file(root, name, limit=limit)
+    except FileNotFoundError as error:
+        raise RegistryError(f"{root}: {name} is missing") from error
+    if "sha256:" + hashlib.sha256(raw).hexdigest() != blob.digest:
+        raise RegistryError(f"{root / name} is not what its name says")
+    return raw
 
 
 def parse_index(raw: bytes, where: str) -> list[Entry]:
@@ -217,7 +219,7 @@ def parse_layers(raw: bytes, where: str) -> dict[str, Blob]:
             title = get(_annotations(layer), TITLE, str)
             if title in layers:
                 raise Malformed(f"the layer {title!r} is listed twice")
-            layers[title] = _blob(layer)
+            layers[title] = parse_blob(layer)
     except Malformed as error:
         raise RegistryError(f"the image manifest of {where}: {error}") from error
     return layers
@@ -229,14 +231,15 @@ def _entry(node: Object) -> Entry:
         get(notes, NAME, str), get(notes, VERSION, str), get(notes, DIGEST, str)
     )
     aliases = get(notes, ALIASES, str) if ALIASES in notes else ""
-    return Entry(model, frozenset(filter(None, aliases.split(","))), _blob(node))
+    return Entry(model, frozenset(filter(None, aliases.split(","))), parse_blob(node))
 
 
 def _annotations(node: Object) -> Object:
     return as_object(node.get("annotations", {}), "annotations")
 
 
-def _blob(node: Object) -> Blob:
+def parse_blob(node: Object) -> Blob:
+    """Read a descriptor; raises Malformed."""
     digest, size = get(node, "digest", str), get(node, "size", int)
     if not _DIGEST.match(digest) or size < 0:
         raise Malformed(f"the descriptor {digest!r} of {size} bytes is not usable")

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ that may take."""
 _ASKED = b"ztserve?"
 
 
-class Carrier(asyncio.Protocol):
+class Carrier(asyncio.Protocol, ABC):
     """The protocol of one connection; what it means is told to the class below."""
 
     def __init__(
@@ -46,17 +47,17 @@ class Carrier(asyncio.Protocol):
 
     # --- what the class below does ----------------------------------------------
 
+    @abstractmethod
     def _refused(self, refused: HandshakeRefused) -> None:
         """Learn that the handshake failed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begun(self) -> None:
         """Learn that the handshake is done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, events: list[Event]) -> None:
         """Take what HTTP/2 makes of what arrived."""
-        raise NotImplementedError
 
     # --- what asyncio tells -----------------------------------------------------
 
