@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
-CLUSTER := tests/ray tests/examples tests/demonstration
+CLUSTER := tests/ray tests/demonstration
 
 .PHONY: run test check fmt proto bench clean
 

@@ -271,8 +271,14 @@ def _ordered(item: tuple[Any, ...]) -> tuple[Any, ...]:
     return item
 
 
-def run(count: int, seed: int, progress: Progress | None = None) -> Tally:
-    """Try `count` inputs; the same `seed` makes the same ones."""
+def run(
+    count: int,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    findings: int = MAX_FINDINGS,
+) -> Tally:
+    """Try `count` inputs, or until `findings`; the same `seed` makes the same ones."""
     fuzz = Fuzz(seed)
     task = progress.add_task("inputs", total=count) if progress else None
     for number in range(1, count + 1):
@@ -283,7 +289,7 @@ def run(count: int, seed: int, progress: Progress | None = None) -> Tally:
                 completed=number,
                 description=f"inputs, {len(fuzz.tally.findings)} findings",
             )
-        if len(fuzz.tally.findings) >= MAX_FINDINGS:
+        if len(fuzz.tally.findings) >= findings:
             break
     return fuzz.tally
 

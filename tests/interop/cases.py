@@ -249,7 +249,8 @@ def cancel_after_first_response(driver: Driver, served: Served) -> None:
 @case
 def timeout_on_sleeping_server(driver: Driver, served: Served) -> None:
     call = driver.call(Shape.BIDI, BOTH, timeout_s=0.001)
-    call.send(streamed(asked=27182))
+    # Not just any request: a server is quick, where a client's requests are at an end.
+    call.send(streamed(9, asked=27182, interval_us=1_000_000))
     assert call.receive() is None
     assert call.end().code == DEADLINE_EXCEEDED
 
