@@ -118,11 +118,6 @@ class Shell:
     def produce(self, domain: str) -> None:
         """Make the project one of profile production: its trust policy gets a root."""
         policy = self.project / ".ztserve/trust.toml"
-        text = policy.read_text()
-        for public in (self.project / ".ztserve/keys").glob("*.[pc][ur][bt]"):
-            inline = f'"""{public.read_text()}"""'
-            text = text.replace(f'"keys/{public.name}"', inline)
-        policy.write_text(text)
         self.run(*ZTSERVE, "key", "new", "root.pem", "--name", "root")
         self.run(*ZTSERVE, "sign", str(policy), "--key", "root.pem")
         toml = self.project / "ztserve.toml"

@@ -16,7 +16,7 @@ VERBS: Mapping[str, str] = {
     "predict": "call a deployment over mTLS and print the answer",
     "status": "show what runs, and why something does not",
     "gateway": "run the HTTPS gateway until Ctrl-C",
-    "key": "make a signing key",
+    "key": "make a signing key, or show one",
     "sign": "sign a model directory, as the trainer, or a trust policy",
     "attest": "say of a signed model how its evaluation went, or something else",
     "verify": "verify a model as a replica would",

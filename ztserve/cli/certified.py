@@ -2,11 +2,9 @@
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from cryptography import x509
 
@@ -92,12 +90,9 @@ def _archive(current: identity.Identity, settings: config.Settings, role: Role) 
         return
     with os.fdopen(descriptor, "wb") as file:
         file.write(roots)
-    beside = os.path.relpath(path, settings.artifacts.trust_policy.parent)
-    name = Path(current.svid.id.path).name
+    signer = publish.spiffe_entry(current.svid.id, role)
     print(
-        "# for the trust policy, once:\n"
-        f"[[signers]]\nname = {json.dumps(name)}\n"
-        f'spiffe = "{current.svid.id}"\nroles = ["{role}"]\n\n'
-        f'[[bundles]]\ntrust_domain = "{domain}"\nroots = {json.dumps(beside)}\n',
+        f"# for the trust policy, once:\n{signer}\n"
+        f"{publish.bundle_entry(domain, roots)}",
         file=sys.stderr,  # the signature's facts alone are the answer
     )

@@ -1,19 +1,22 @@
 """``ztserve key``: a signing key, and the entry that a trust policy needs.
 
-``new`` makes a signer's key, ``timestamp-authority`` what stamps signatures.
+``new`` makes a signer's key, ``show`` tells of one that is there, and
+``timestamp-authority`` makes what stamps signatures.
 """
 
 import argparse
 from pathlib import Path
 
 from ztserve.artifacts import publish
+from ztserve.artifacts.statements.keys import PublicKey, key_id
+from ztserve.artifacts.trust.signers import load_key
 from ztserve.cli import signer
 from ztserve.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("action", choices=("new", "timestamp-authority"))
+    parser.add_argument("action", choices=("new", "show", "timestamp-authority"))
     parser.add_argument("path", type=Path, help="of the private key, e.g. trainer.pem")
     parser.add_argument(
         "--role",
@@ -21,12 +24,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("trainer", "evaluator", "deployer"),
         help="for the trust policy's entry; may be repeated (default: trainer)",
     )
+    parser.add_argument(
+        "--root",
+        action="store_true",
+        help="of a trust root: it signs the trust policy and is no signer within",
+    )
     parser.add_argument("--name", help="of the signer (default: the file's)")
+    parser.add_argument(
+        "--entry",
+        action="store_true",
+        help="show: print the trust policy's entry alone, to be appended to it",
+    )
     parser.add_argument("--curve", choices=publish.CURVES, default="P-256")
     parser.add_argument(
         "--passphrase-file",
         type=Path,
-        help="encrypt the private key with the one line of this file (mode 0600)",
+        help="holds the passphrase in one line, mode 0600; `new` encrypts the private "
+        "key with it",
     )
     parser.add_argument(
         "--ask-passphrase",
@@ -36,14 +50,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Write both halves; print the entry of the trust policy."""
+    """Make or read a key; print its id and the entry of the trust policy."""
+    if chosen.entry and chosen.action != "show":
+        raise ConfigError(f"--entry: {chosen.action} prints more; `ztserve key show`")
     if chosen.action == "timestamp-authority":
         return _authority(chosen)
+    if chosen.root and (chosen.role or chosen.entry):
+        raise ConfigError("--root: a trust root has no role, and no entry in a policy")
+    return _show(chosen) if chosen.action == "show" else _new(chosen)
+
+
+def _new(chosen: argparse.Namespace) -> int:
     passphrase = _passphrase(chosen)
     made = publish.new_key(
         chosen.path,
         name=chosen.name or chosen.path.stem,
-        roles=chosen.role or ["trainer"],
+        roles=[] if chosen.root else chosen.role or ["trainer"],
         passphrase=passphrase,
         curve=chosen.curve,
     )
@@ -51,7 +73,10 @@ def run(chosen: argparse.Namespace) -> int:
     print(f"private key  {made.private}  (keep it; mode 0600, {sealed})")
     print(f"public key   {made.public}")
     print(f"key id       {made.id}")
-    print(f"\n# for the trust policy:\n{made.entry}", end="")
+    if chosen.root:
+        print(f'\n# for ztserve.toml:\n[artifacts]\ntrust_root = "{made.public}"')
+    else:
+        print(f"\n# for the trust policy:\n{made.entry}", end="")
     return 0
 
 
@@ -65,8 +90,28 @@ def _passphrase(chosen: argparse.Namespace) -> str | None:
     return None
 
 
+def _show(chosen: argparse.Namespace) -> int:
+    key = _public(chosen)
+    name = chosen.name or chosen.path.stem
+    entry = publish.key_entry(name, key, chosen.role or ["trainer"])
+    if chosen.entry:
+        print(f"\n{entry}", end="")
+        return 0
+    print(f"key          {chosen.path}")
+    print(f"key id       {key_id(key)}")
+    if not chosen.root:
+        print(f"\n# for the trust policy:\n{entry}", end="")
+    return 0
+
+
+def _public(chosen: argparse.Namespace) -> PublicKey:
+    if chosen.path.suffix == ".pub":
+        return load_key(str(chosen.path), Path(), "the key")
+    return signer.load(chosen.path, chosen.passphrase_file).public
+
+
 def _authority(chosen: argparse.Namespace) -> int:
-    if chosen.role:
+    if chosen.role or chosen.root:
         raise ConfigError("--role: a timestamp authority has none; it signs no model")
     clock = publish.new_authority(chosen.path, name=chosen.name or chosen.path.stem)
     print(f"private key  {clock.private}  (keep it from signers; mode 0600)")

@@ -115,7 +115,7 @@ def _sign_policy(policy: Path, chosen: argparse.Namespace) -> int:
     if chosen.key is None:
         raise ConfigError(
             f"{policy} is a file, so a trust policy: name the root's key with --key "
-            "(`ztserve key new root.pem` makes one); models are directories"
+            "(`ztserve key new root.pem --root` makes one); models are directories"
         )
     root = signer.load(chosen.key, chosen.passphrase_file)
     TrustPolicy.check_signable(policy)

@@ -87,8 +87,8 @@ def _check_profile(settings: Settings) -> None:
         if settings.artifacts.trust_root is None:
             raise ConfigError(
                 "[artifacts] trust_root: production demands that the trust policy is "
-                "signed: make a key away from here (`ztserve key new root.pem`), sign "
-                "(`ztserve sign trust.toml --key root.pem`), and name root.pub here"
+                "signed: make a key away from here (`ztserve key new root.pem --root`),"
+                " sign (`ztserve sign trust.toml --key root.pem`), name root.pub here"
             )
         return
     for table in ("transport", "directory", "gateway"):

@@ -468,10 +468,6 @@ def rooted(ztserve, project):
     """A policy whose keys stand within it, signed under a root."""
     ztserve("key", "new", "root.pem")
     policy = config.load().artifacts.trust_policy
-    text = policy.read_text()
-    for public in (project / ".ztserve/keys").glob("*.[pc][ur][bt]"):
-        text = text.replace(f'"keys/{public.name}"', f'"""{public.read_text()}"""')
-    policy.write_text(text)
     toml = project / "ztserve.toml"
     toml.write_text(toml.read_text().replace("# trust_root", "trust_root"))
     assert ztserve("sign", policy, "--key", "root.pem").code == 0
@@ -508,7 +504,10 @@ def test_a_policy_is_not_signed_with_a_trainers_default_key(ztserve, project):
 
 def test_a_policy_with_keys_beside_it_is_not_signed(ztserve, project):
     ztserve("key", "new", "root.pem")
+    ztserve("key", "new", "team.pem")
     policy = config.load().artifacts.trust_policy
+    entry = '[[signers]]\nname = "team"\nkey = "../team.pub"\nroles = ["trainer"]\n'
+    policy.write_text(policy.read_text() + entry)
     done = ztserve("sign", policy, "--key", "root.pem")
     assert done.code == 2
     assert "holds its keys as PEM text" in done.err
@@ -531,3 +530,99 @@ def test_a_folder_in_place_of_a_name_is_told_how_to_be_verified(
     assert done.code == 2
     assert "`ztserve verify NAME --from weights`" in done.err
     assert ztserve("verify", "double", "--from", "weights", "--for", "deploy").code == 0
+
+
+# --- production, as docs/models.md walks through it --------------------------------
+
+
+def walk():
+    text = (Path(__file__).parents[3] / "docs/models.md").read_text()
+    return text.partition("## Production, step by step")[2].split("```")[1][3:]
+
+
+@pytest.fixture
+def shell(empty, weights):
+    """Run lines in bash, with ``ztserve`` on the path, in the folder of the weights."""
+    program = empty / "bin/ztserve"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ztserve.cli "$@"\n')
+    program.chmod(0o755)
+
+    def run(lines):
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", lines],
+            cwd=empty,
+            env={
+                "PATH": f"{program.parent}:{os.environ['PATH']}",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "HOME": str(empty),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            umask=0o022,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_walk_to_production_works_as_written(shell, empty):
+    done = shell(walk())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "trainer as trainer" in done.stdout
+    assert "deployer as deployer" in done.stdout
+    trust = TrustPolicy.load(empty / "trust.toml", root=empty / "keys/root.pub")
+    assert {s.name: set(s.roles) for s in trust.signers} == {
+        "trainer": {"trainer"},
+        "deployer": {"deployer"},
+    }
+    # What the root signed alone counts.
+    done = shell("sed -i s/deployer/evaluator/ trust.toml; ztserve verify price:1")
+    assert done.returncode == 2
+    assert "is not signed under the trust root" in done.stderr
+
+
+# --- showing keys ----------------------------------------------------------------
+
+
+def test_key_show_tells_what_key_new_told(ztserve, empty):
+    made = ztserve("key", "new", "team.pem", "--role", "evaluator")
+    told = made.out.partition("key id ")[2]
+    for file in ("team.pem", "team.pub"):
+        shown = ztserve("key", "show", file, "--role", "evaluator")
+        assert shown.out.partition("key id ")[2] == told
+    entry = ztserve("key", "show", "team.pub", "--role", "evaluator", "--entry").out
+    assert told.endswith(entry.strip() + "\n")
+    assert entry.startswith("\n[[signers]]\n")
+
+
+def test_the_key_of_a_root_has_no_entry_in_a_policy(ztserve, empty):
+    done = ztserve("key", "new", "root.pem", "--root")
+    assert done.out.endswith('toml:\n[artifacts]\ntrust_root = "root.pub"\n')
+    assert "signers" not in done.out
+    shown = ztserve("key", "show", "root.pub", "--root")
+    assert "key id       sha256:" in shown.out
+    assert "signers" not in shown.out
+    for words in (("--role", "trainer"), ("--entry",)):
+        done = ztserve("key", "show", "root.pub", "--root", *words)
+        assert done.code == 2
+        assert "a trust root has no role, and no entry in a policy" in done.err
+
+
+def test_an_entry_is_shown_not_made(ztserve, empty):
+    done = ztserve("key", "new", "team.pem", "--entry")
+    assert done.code == 2
+    assert "`ztserve key show`" in done.err
+    assert not (empty / "team.pem").exists()
+
+
+@pytest.mark.parametrize("name", ['a "quoted" \\ name', "Zoë 🔑", "a\x7fb\nc"])
+def test_an_entry_holds_any_name(ztserve, empty, name):
+    ztserve("key", "new", "team.pem")
+    entry = ztserve("key", "show", "team.pub", "--name", name, "--entry").out
+    (empty / "trust.toml").write_text("version = 1\n" + entry)
+    (empty / "trust.toml").chmod(0o644)
+    (signer,) = TrustPolicy.load(empty / "trust.toml").signers
+    assert signer.name == name

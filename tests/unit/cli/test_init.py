@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 
 import pytest
@@ -89,7 +90,17 @@ def test_the_trust_policy_names_a_trainer_and_a_deployer(project):
     assert clock.name == "development clock"
 
 
-def test_a_trust_policy_elsewhere_finds_its_keys(ztserve, empty):
+def test_the_trust_policy_can_be_signed_as_it_is(ztserve, project):
+    """Its keys stand within: a signature of the policy covers no other file."""
+    trust = config.load().artifacts.trust_policy
+    shutil.rmtree(project / ".ztserve/keys")
+    ztserve("key", "new", "root.pem", "--root")
+    assert ztserve("sign", trust, "--key", "root.pem").code == 0
+    signed = TrustPolicy.load(trust, root=project / "root.pub")
+    assert (len(signed.signers), len(signed.timestamp_authorities)) == (2, 1)
+
+
+def test_a_trust_policy_elsewhere_holds_its_keys(ztserve, empty):
     odd = 'a "quoted" folder'
     (empty / odd).mkdir()
     (empty / "ztserve.toml").write_text(

@@ -13,6 +13,7 @@ from ztserve.artifacts.publish.attesting import (
     verification_summary,
 )
 from ztserve.artifacts.publish.distribution import push
+from ztserve.artifacts.publish.entries import bundle_entry, key_entry, spiffe_entry
 from ztserve.artifacts.publish.keys import (
     CURVES,
     NewKey,
@@ -65,7 +66,9 @@ __all__ = [
     "TimestampedSigner",
     "attest_model",
     "attestation_statement",
+    "bundle_entry",
     "choose_serialization",
+    "key_entry",
     "load_authority",
     "load_signer",
     "model_statement",
@@ -81,6 +84,7 @@ __all__ = [
     "set_alias",
     "sign_model",
     "sign_policy",
+    "spiffe_entry",
     "stamp_with",
     "verification_summary",
 ]

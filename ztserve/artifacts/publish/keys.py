@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ztserve.artifacts.publish.atomic import create
+from ztserve.artifacts.publish.entries import key_entry
 from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, IN_TOTO_TYPE, pae
 from ztserve.artifacts.statements.keys import (
     key_id,
@@ -21,7 +22,7 @@ from ztserve.artifacts.statements.keys import (
     signature_algorithm,
     strong_curve,
 )
-from ztserve.artifacts.trust.signers import ROLES, Role
+from ztserve.artifacts.trust.signers import Role
 from ztserve.errors import ConfigError
 
 Curve: TypeAlias = Literal["P-256", "P-384", "P-521"]
@@ -47,7 +48,7 @@ class NewKey:
     id: str
     """``sha256:<hex>``: names the key in messages and in a policy's `revoked`."""
     entry: str
-    """A ``[[signers]]`` table for the trust policy, ready to paste."""
+    """A ``[[signers]]`` table of the trust policy; empty where it has no roles."""
 
 
 class SigningKey:
@@ -56,7 +57,8 @@ class SigningKey:
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
         self._curve = strong_curve(key, "the signing key")
         self._key = key
-        self.id = key_id(key.public_key())
+        self.public = key.public_key()
+        self.id = key_id(self.public)
 
     def __repr__(self) -> str:
         return f"SigningKey({self.id})"
@@ -93,22 +95,22 @@ def new_key(
 ) -> NewKey:
     """Make a key: the private half at `path` (0600), the public beside (.pub).
 
-    `name` and `roles` are for the entry of the trust policy alone. A `passphrase` has
-    at least `MIN_PASSPHRASE` characters. Raises ConfigError where either file exists
-    already, or cannot be written.
+    `name` and `roles` are for the entry of the trust policy alone; no roles: a key that
+    is in none, such as its root's. A `passphrase` has at least `MIN_PASSPHRASE`
+    characters. Raises ConfigError where either file exists already, or cannot be
+    written.
     """
     private = Path(path)
     public = private.with_suffix(".pub")
     if private == public:
         raise ConfigError(f"{private}: the private key needs another suffix than .pub")
-    if not roles or not set(roles) <= set(ROLES):
-        raise ConfigError(f"roles {list(roles)!r}: expected some of {', '.join(ROLES)}")
     if curve not in _CURVES:
         raise ConfigError(f"curve {curve!r}: expected one of {', '.join(CURVES)}")
     for file in (private, public):
         if file.exists():
             raise ConfigError(f"{file} exists; a key is never overwritten")
     key = ec.generate_private_key(_CURVES[curve]())
+    entry = key_entry(name, key.public_key(), roles) if roles else ""
     pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -119,10 +121,6 @@ def new_key(
         create(public, public_pem(key.public_key()), mode=0o644)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
-    entry = (
-        f"[[signers]]\nname = {json.dumps(name)}\nkey = {json.dumps(public.name)}\n"
-        f"roles = {json.dumps(list(roles))}\n"
-    )
     return NewKey(private, public, key_id(key.public_key()), entry)
 
 

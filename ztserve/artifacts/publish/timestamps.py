@@ -4,7 +4,6 @@ It has a key and a root of its own. The root's key is forgotten once it has sign
 one certificate: nobody can ever make another authority under it.
 """
 
-import json
 import os
 import secrets
 import stat
@@ -20,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ztserve import types
 from ztserve.artifacts.publish.atomic import create
+from ztserve.artifacts.publish.entries import authority_entry
 from ztserve.artifacts.statements import der
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.statements.timestamps import (
@@ -58,7 +58,7 @@ class NewAuthority:
     """Key and certificates, mode 0600."""
     root: Path
     entry: str
-    """A ``[[timestamp_authorities]]`` table for the trust policy, ready to paste."""
+    """A ``[[timestamp_authorities]]`` table of the trust policy, the root within."""
 
 
 class LocalAuthority:
@@ -184,11 +184,7 @@ def new_authority(
         create(beside, _pem(certificates[-1]), mode=0o644)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
-    entry = (
-        f"[[timestamp_authorities]]\nname = {json.dumps(name)}\n"
-        f"root = {json.dumps(beside.name)}\n"
-    )
-    return NewAuthority(private, beside, entry)
+    return NewAuthority(private, beside, authority_entry(name, certificates[-1]))
 
 
 def _certify(
