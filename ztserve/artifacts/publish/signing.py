@@ -43,7 +43,7 @@ from ztserve.artifacts.statements.serialization import (
     parse_shard_name,
 )
 from ztserve.artifacts.statements.strict import Malformed
-from ztserve.artifacts.trust.policy import POLICY_TYPE
+from ztserve.artifacts.trust.terms import POLICY_TYPE
 from ztserve.errors import ConfigError, VerificationError
 
 SHARD_BYTES = 64 << 20
