@@ -65,9 +65,9 @@ def run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _key(chosen: argparse.Namespace) -> publish.SigningKey:
+def _key(chosen: argparse.Namespace) -> publish.StatementSigner:
     key = chosen.key or config.load().state / "keys/evaluator.pem"
-    if not key.exists():
+    if isinstance(key, Path) and not key.exists():
         raise ConfigError(
             f"{key}: there is no such key; make one with `ztserve key new {key} --role "
             "evaluator`, and paste what it prints into the trust policy"

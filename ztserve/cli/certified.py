@@ -34,7 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def signer(
-    chosen: argparse.Namespace, load_key: Callable[[], publish.SigningKey], role: Role
+    chosen: argparse.Namespace,
+    load_key: Callable[[], publish.StatementSigner],
+    role: Role,
 ) -> publish.StatementSigner:
     """Return what the arguments name; `load_key` is asked where it is a key.
 

@@ -17,7 +17,12 @@ from ztserve.errors import ConfigError
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("action", choices=("new", "show", "timestamp-authority"))
-    parser.add_argument("path", type=Path, help="of the private key, e.g. trainer.pem")
+    parser.add_argument(
+        "path",
+        type=signer.key_name,
+        help="of the private key, e.g. trainer.pem; show: also of a public key, or "
+        "the PKCS#11 URI of a token's",
+    )
     parser.add_argument(
         "--role",
         action="append",
@@ -53,6 +58,11 @@ def run(chosen: argparse.Namespace) -> int:
     """Make or read a key; print its id and the entry of the trust policy."""
     if chosen.entry and chosen.action != "show":
         raise ConfigError(f"--entry: {chosen.action} prints more; `ztserve key show`")
+    if isinstance(chosen.path, str) and chosen.action != "show":
+        raise ConfigError(
+            "a key in a token is made with the token's own tool, such as `pkcs11-tool "
+            "--keypairgen --key-type EC:prime256v1`; then `ztserve key show`"
+        )
     if chosen.action == "timestamp-authority":
         return _authority(chosen)
     if chosen.root and (chosen.role or chosen.entry):
@@ -91,23 +101,27 @@ def _passphrase(chosen: argparse.Namespace) -> str | None:
 
 
 def _show(chosen: argparse.Namespace) -> int:
-    key = _public(chosen)
-    name = chosen.name or chosen.path.stem
-    entry = publish.key_entry(name, key, chosen.role or ["trainer"])
+    name, key = _public(chosen)
+    roles = chosen.role or ["trainer"]
+    entry = publish.key_entry(chosen.name or name, key, roles)
     if chosen.entry:
         print(f"\n{entry}", end="")
         return 0
-    print(f"key          {chosen.path}")
     print(f"key id       {key_id(key)}")
     if not chosen.root:
         print(f"\n# for the trust policy:\n{entry}", end="")
     return 0
 
 
-def _public(chosen: argparse.Namespace) -> PublicKey:
-    if chosen.path.suffix == ".pub":
-        return load_key(str(chosen.path), Path(), "the key")
-    return signer.load(chosen.path, chosen.passphrase_file).public
+def _public(chosen: argparse.Namespace) -> tuple[str, PublicKey]:
+    """Return a name for the key, and its public half."""
+    path = chosen.path
+    if isinstance(path, Path) and path.suffix == ".pub":
+        return path.stem, load_key(str(path), Path(), "the key")
+    loaded = signer.load(path, chosen.passphrase_file)
+    if isinstance(path, Path):
+        return path.stem, loaded.public
+    return publish.TokenUri.parse(path).name, loaded.public
 
 
 def _authority(chosen: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _key(chosen: argparse.Namespace) -> publish.SigningKey:
+def _key(chosen: argparse.Namespace) -> publish.StatementSigner:
     path = chosen.key or config.load().state / "keys/trainer.pem"
     return signer.load(path, chosen.passphrase_file)
 

@@ -30,7 +30,7 @@ def signing_key(curve=ec.SECP256R1):
 
 
 def pem(key):
-    return public_pem(key._key.public_key()).decode()
+    return public_pem(key.public).decode()
 
 
 class Workshop:

@@ -44,6 +44,9 @@ from ztserve.artifacts.publish.timestamps import (
     load_authority,
     new_authority,
 )
+from ztserve.artifacts.publish.token_uri import SCHEME as TOKEN_SCHEME
+from ztserve.artifacts.publish.token_uri import TokenUri
+from ztserve.artifacts.publish.tokens import TokenKey
 from ztserve.artifacts.statements.attestation import (
     TEST_RESULT,
     VERIFICATION_SUMMARY,
@@ -54,6 +57,7 @@ __all__ = [
     "CURVES",
     "SHARD_BYTES",
     "TEST_RESULT",
+    "TOKEN_SCHEME",
     "VERIFICATION_SUMMARY",
     "LocalAuthority",
     "Metric",
@@ -64,6 +68,8 @@ __all__ = [
     "StatementSigner",
     "SvidKey",
     "TimestampedSigner",
+    "TokenKey",
+    "TokenUri",
     "attest_model",
     "attestation_statement",
     "bundle_entry",

@@ -65,24 +65,36 @@ class SigningKey:
 
     def envelope(self, payload: bytes, *, payload_type: str = IN_TOTO_TYPE) -> bytes:
         """Sign a payload; return the bundle (see `artifacts.envelope`)."""
-        signature = self._key.sign(
-            pae(payload_type, payload), signature_algorithm(self._curve)
+        return bundle(
+            self.id,
+            payload,
+            payload_type,
+            lambda message: self._key.sign(message, signature_algorithm(self._curve)),
         )
-        bundle = {
-            "mediaType": BUNDLE_TYPE,
-            "verificationMaterial": {
-                "publicKey": {"hint": self.id.removeprefix("sha256:")},
-                "tlogEntries": [],
-            },
-            "dsseEnvelope": {
-                "payload": base64.b64encode(payload).decode(),
-                "payloadType": payload_type,
-                "signatures": [
-                    {"sig": base64.b64encode(signature).decode(), "keyid": ""}
-                ],
-            },
-        }
-        return json.dumps(bundle).encode()
+
+
+def bundle(
+    key: str, payload: bytes, payload_type: str, sign: Callable[[bytes], bytes]
+) -> bytes:
+    """Return the OpenSSF bundle of a payload that `sign` signs (see `envelope`).
+
+    `key`: the id of the key with which `sign` makes an ECDSA signature (DER) of a
+    message.
+    """
+    signature = sign(pae(payload_type, payload))
+    node = {
+        "mediaType": BUNDLE_TYPE,
+        "verificationMaterial": {
+            "publicKey": {"hint": key.removeprefix("sha256:")},
+            "tlogEntries": [],
+        },
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": payload_type,
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
+    }
+    return json.dumps(node).encode()
 
 
 def new_key(
@@ -176,20 +188,20 @@ def _load(pem: bytes, path: Path, passphrase: str | Callable[[], str] | None) ->
         ) from error
 
 
-def read_passphrase(path: str | os.PathLike[str]) -> str:
+def read_passphrase(path: str | os.PathLike[str], what: str = "passphrase") -> str:
     """Read a passphrase from a file of one line that only its owner may read.
 
-    The line's end is not part of it. Raises ConfigError.
+    The line's end is not part of it. `what`: what messages call it. Raises ConfigError.
     """
     path = Path(path)
-    raw = _read_private(path, "a passphrase", _MAX_PASSPHRASE_BYTES)
+    raw = _read_private(path, f"a {what}", _MAX_PASSPHRASE_BYTES)
     try:
         text = raw.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the passphrase is not UTF-8") from error
+        raise ConfigError(f"{path}: the {what} is not UTF-8") from error
     if not text or not text.isprintable():
         raise ConfigError(
-            f"{path}: expected the passphrase as the one line of the file, without "
+            f"{path}: expected the {what} as the one line of the file, without "
             "control characters"
         )
     return text

@@ -77,6 +77,11 @@ def key_id(key: PublicKey) -> str:
     return "sha256:" + hashlib.sha256(public_pem(key)).hexdigest()
 
 
+def curve_hash(curve: ec.EllipticCurve) -> hashes.HashAlgorithm:
+    """Return the hash that belongs to the curve (SHA-256, -384, -512)."""
+    return _HASHES[curve.name]()
+
+
 def signature_algorithm(curve: ec.EllipticCurve) -> ec.ECDSA:
-    """Return ECDSA with the hash that belongs to the curve (SHA-256, -384, -512)."""
-    return ec.ECDSA(_HASHES[curve.name]())
+    """Return ECDSA with the curve's hash."""
+    return ec.ECDSA(curve_hash(curve))
