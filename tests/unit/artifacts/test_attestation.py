@@ -9,6 +9,7 @@ from ztserve.artifacts.publish import (
     attest_model,
     attestation_statement,
     publish,
+    release_model,
     result_predicate,
     sign_model,
 )
@@ -204,6 +205,67 @@ def test_attestations_are_referrers_of_the_models_image_manifest(workshop):
     subject = json.loads(blob.read_bytes())["subject"]
     assert subject["digest"] == image["digest"]
     assert referrer["artifactType"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
+
+
+def referring(registry):
+    """Return (name, digest of the subject) of each referrer that the index lists."""
+    nodes = json.loads((registry / "index.json").read_bytes())["manifests"]
+    bare = [node for node in nodes if NAME not in node["annotations"]]
+    images = [node["digest"] for node in bare]
+    found = []
+    for node in nodes:
+        name = node["annotations"].get(NAME)
+        if name is not None:
+            blob = registry / "blobs/sha256" / node["digest"].partition(":")[2]
+            subject = json.loads(blob.read_bytes())["subject"]["digest"]
+            found.append((name, images.index(subject)))
+    return sorted(found)
+
+
+def test_a_model_published_again_has_what_was_published_last(workshop):
+    root = workshop.signed()
+    for name in ("evaluation", "removed", "kept"):
+        workshop.evaluate(root, name=name)
+    publish(root, workshop.registry, name="digits", version="1")
+    (root / "attestations/removed.sig").unlink()
+    changed = workshop.evaluate(root, accuracy=0.5)
+    # Released anew, it is another image, to which the old ones do not refer.
+    release_model(root, workshop.keys["deployer"], name="digits", version="1")
+    publish(root, workshop.registry, name="digits", version="1")
+    registry = open_registry(workshop.registry)
+    found = registry.attestations(resolved(registry))
+    assert sorted(found) == ["evaluation", "kept"]
+    assert found["evaluation"] == changed.read_bytes()
+    assert referring(workshop.registry) == [("evaluation", 0), ("kept", 0)]
+
+
+def test_two_releases_of_one_model_have_each_their_own_attestations(workshop):
+    root = workshop.signed()
+    first = workshop.evaluate(root).read_bytes()
+    publish(root, workshop.registry, name="digits", version="1")
+    second = workshop.evaluate(root, accuracy=0.5).read_bytes()
+    release_model(root, workshop.keys["deployer"], name="digits", version="2")
+    publish(root, workshop.registry, name="digits", version="2")
+    registry = open_registry(workshop.registry)
+    for version, bundle in (("1", first), ("2", second)):
+        model = registry.resolve(ModelRef(f"digits:{version}"))
+        assert registry.attestations(model) == {"evaluation": bundle}
+    assert referring(workshop.registry) == [("evaluation", 0), ("evaluation", 1)]
+
+
+def test_an_attestation_for_no_one_release_is_for_each(workshop):
+    """As in a layout that others wrote."""
+    root = workshop.signed()
+    bundle = workshop.evaluate(root).read_bytes()
+    publish(root, workshop.registry, name="digits", version="1")
+    index = workshop.registry / "index.json"
+    node = json.loads(index.read_bytes())
+    del node["manifests"][1]["annotations"]["dev.ztserve.attestation.for"]
+    index.write_text(json.dumps(node))
+    registry = open_registry(workshop.registry)
+    assert registry.attestations(resolved(registry)) == {"evaluation": bundle}
+    publish(root, workshop.registry, name="digits", version="1")
+    assert referring(workshop.registry) == [("evaluation", 0)]
 
 
 def test_an_attestation_of_another_model_is_not_published(workshop):

@@ -29,8 +29,8 @@ from ztserve.artifacts.registry.layout import (
     parse_layers,
 )
 from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.registry.referrers import FOR, OF, refers_to
 from ztserve.artifacts.registry.referrers import NAME as ATTESTATION
-from ztserve.artifacts.registry.referrers import OF
 from ztserve.artifacts.statements.attestation import file_of, parse_attestation
 from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, parse_envelope
 from ztserve.artifacts.statements.manifest import (
@@ -66,7 +66,7 @@ def publish(
 ) -> Resolved:
     """Copy a signed and released directory into the registry, made if not there.
 
-    Its attestations go with it, as referrers, in place of older ones of the same name.
+    Its attestations go with it, as referrers, in place of all that were there.
     Points `aliases` at it; publishing the same content again only does that. Raises
     VerificationError where the directory is not what its signatures say, or released
     as something else; RegistryError where the version exists with other content.
@@ -266,7 +266,8 @@ def _refer(
     image: Descriptor,
     attestations: Mapping[str, bytes],
 ) -> None:
-    """List the attestations as referrers of the model's image manifest."""
+    """List the attestations as referrers of the image manifest, and no others."""
+    index[:] = [node for node in index if not refers_to(node, model)]
     subject = {key: image[key] for key in ("mediaType", "digest", "size")}
     for name, content in sorted(attestations.items()):
         layer = _write_blob(root, memoryview(content))
@@ -290,9 +291,11 @@ def _refer(
         descriptor = _write_blob(root, memoryview(json.dumps(referrer).encode()))
         descriptor["mediaType"] = IMAGE_MANIFEST_TYPE
         descriptor["artifactType"] = BUNDLE_TYPE
-        descriptor["annotations"] = {OF: model.digest, ATTESTATION: name}
-        notes = descriptor["annotations"].items()
-        index[:] = [n for n in index if not notes <= n.get("annotations", {}).items()]
+        descriptor["annotations"] = {
+            OF: model.digest,
+            FOR: f"{model.name}:{model.version}",
+            ATTESTATION: name,
+        }
         index.append(descriptor)
 
 

@@ -2,7 +2,8 @@
 
 Each is an image manifest of one layer, the bundle, whose `subject` is the model's
 (OCI image-spec v1.1, "Image Manifest"). The index names, beside each, the digest of
-the model and the name of the attestation, so that only those of one model are read.
+the model, its name and version, and the name of the attestation, so that only those of
+one release are read.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ztserve.artifacts.statements.strict import (
 from ztserve.errors import RegistryError
 
 OF = "dev.ztserve.attestation.of"
+FOR = "dev.ztserve.attestation.for"
 NAME = "dev.ztserve.attestation.name"
 MAX_REFERRER_BYTES = 64 << 10
 
@@ -39,16 +41,16 @@ class Referrer:
 def parse_referrers(
     raw: bytes, model: Resolved, where: str, *, limit: int, most: int
 ) -> list[Referrer]:
-    """Return the attestations that an index lists for one model; RegistryError.
+    """Return the attestations that an index lists for one release; RegistryError.
 
     `limit`: bytes of the index; `most`: entries of it.
     """
     try:
         entries = get_objects(load_object(raw, limit=limit), "manifests", limit=most)
         found = [
-            Referrer(get(notes, NAME, str), entry)
+            Referrer(get(_annotations(entry), NAME, str), entry)
             for entry in entries
-            if (notes := _annotations(entry)).get(OF) == model.digest
+            if refers_to(entry, model)
         ]
         for one in found:
             file_of(one.name)
@@ -62,6 +64,16 @@ def parse_referrers(
             f"limit is {MAX_ATTESTATIONS}"
         )
     return found
+
+
+def refers_to(entry: Object, model: Resolved) -> bool:
+    """Tell whether an entry of an index is an attestation of this release.
+
+    One that does not say for which release it is, is for each of its model's.
+    """
+    notes = _annotations(entry)
+    release = f"{model.name}:{model.version}"
+    return notes.get(OF) == model.digest and notes.get(FOR, release) == release
 
 
 def parse_bundle_layer(raw: bytes, where: str) -> Object:
