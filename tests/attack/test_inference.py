@@ -1,9 +1,9 @@
 """Attacks on the model's queue: by the neighbour in a batch, by floods, by leaving."""
 
+import math
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from statistics import median
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from tests.unit.inference.support import a_call, eventually, in_threads
 from ztserve import ModelRef, TensorSpec, ZTDeployment
 from ztserve.errors import Cancelled, InferenceError, Overloaded
-from ztserve.inference import Runner, batching, convert, runner
+from ztserve.inference import Runner, batching, convert, runner, turns
 from ztserve.inference.turns import Turns
 from ztserve.testing import serve
 from ztserve.types import Batch, Inputs
@@ -164,50 +164,53 @@ def test_without_a_bound_it_would_all_pile_up():
         assert not results
 
 
-class Barging(Turns):
-    """Turns as a plain lock gives them: to whoever asks while it is free."""
+GREEDY_STEPS = 20
 
-    def __init__(self):
+
+class Late(Turns):
+    """Turns whose waiter, once woken, comes as late as a scheduler may have it.
+
+    Only when the turn was given to it, or there is no `hurry` any more.
+    """
+
+    def __init__(self, hurry):
         super().__init__()
-        self.lock = threading.Lock()
+        self.hurry = hurry
 
-    def _take(self, call):
-        self.lock.acquire()
-
-    def _pass_on(self):
-        self.lock.release()
+    def _got(self, waiter):
+        eventually(lambda: waiter.has_it or not self.hurry())
+        return super()._got(waiter)
 
 
-def steps_before_a_victims(turns):
-    """Count how many steps a greedy stream takes while another call waits."""
-    steps, done, waits = [0], threading.Event(), threading.Event()
+def steps_before_a_victims():
+    """Count the steps that a greedy stream takes before another call has its turn."""
+    steps, at = [], []
+    held = Late(lambda: not at and len(steps) < GREEDY_STEPS)
 
     def greedy():
-        while not done.is_set():
-            with turns.turn(None):
-                sum(range(2000))  # a step that keeps the interpreter busy
-                steps[0] += waits.is_set()
+        for _ in range(GREEDY_STEPS):
+            with held.turn(None):
+                eventually(lambda: at or held._waiting)  # the victim has queued
+                time.sleep(0.001)  # for as long as one may go on while others wait
+                steps.append(1)
 
-    thread = threading.Thread(target=greedy)
-    thread.start()
-    waits.set()
-    before = steps[0]
-    with turns.turn(None):
-        taken = steps[0] - before
-    done.set()
-    thread.join()
-    return taken
+    def victim():
+        eventually(lambda: held._taken)
+        with held.turn(None):
+            at.append(len(steps))
+
+    in_threads(greedy, victim)
+    return at[0]
 
 
-@pytest.mark.slow
 def test_a_greedy_stream_cannot_keep_the_model_from_who_waits():
-    # One that runs, and one more that may begin before the victim has queued.
-    assert median(steps_before_a_victims(Turns()) for _ in range(21)) <= 2
+    assert steps_before_a_victims() == 1
 
 
-@pytest.mark.slow
-def test_a_plain_lock_would_let_it():
-    assert max(steps_before_a_victims(Barging()) for _ in range(50)) > 2
+def test_a_plain_lock_would_let_it(monkeypatch):
+    """One that goes to whoever asks while it is free, for as long as they like."""
+    monkeypatch.setattr(turns, "SLICE_S", math.inf)
+    assert steps_before_a_victims() == GREEDY_STEPS
 
 
 # --- leaving ------------------------------------------------------------------------

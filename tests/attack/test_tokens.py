@@ -9,6 +9,7 @@ from ztserve.artifacts.publish import TokenKey, TokenUri, tokens
 from ztserve.artifacts.statements.envelope import check_signature, parse_envelope
 from ztserve.errors import ConfigError, VerificationError
 
+pytestmark = pytest.mark.slow
 TEXT = "text/plain"
 
 

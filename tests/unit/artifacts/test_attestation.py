@@ -222,6 +222,7 @@ def referring(registry):
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_model_published_again_has_what_was_published_last(workshop):
     root = workshop.signed()
     for name in ("evaluation", "removed", "kept"):
@@ -239,6 +240,7 @@ def test_a_model_published_again_has_what_was_published_last(workshop):
     assert referring(workshop.registry) == [("evaluation", 0), ("kept", 0)]
 
 
+@pytest.mark.slow
 def test_two_releases_of_one_model_have_each_their_own_attestations(workshop):
     root = workshop.signed()
     first = workshop.evaluate(root).read_bytes()

@@ -16,6 +16,7 @@ from ztserve.artifacts.statements import der
 from ztserve.artifacts.statements.envelope import check_signature, parse_envelope
 from ztserve.errors import ArtifactError, ConfigError
 
+pytestmark = pytest.mark.slow
 TEXT = "text/plain"
 
 
