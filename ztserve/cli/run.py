@@ -11,6 +11,7 @@ from typing import Any
 from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.serving.cluster import attached, deploy, replicas
+from ztserve.serving.running import claimed
 from ztserve.serving.weights import check_published
 from ztserve.types import ModelRef
 
@@ -27,11 +28,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """Serve, say where, wait, and stop cleanly.
 
-    Mistakes in the configuration, the files that it names or the module show before Ray
-    starts.
+    A project that is served already, and mistakes in the configuration, the files that
+    it names or the module, show before Ray starts.
     """
     settings = config.load()
-    # First: a mistake in it shows at once, and replicas import it from where we did.
+    if chosen.address is None:
+        with claimed(settings):  # who serves it already refuses us before all else
+            pass
+    # Then: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
     config.check_identity_files(settings)
     config.load_policies(

@@ -98,6 +98,7 @@ def test_a_second_run_of_a_project_is_refused_and_takes_nothing_from_the_first(
         done = ztserve("run", f"{module}:app")
         assert done.code == 2
         assert "is being served already: see it with `ztserve status`" in done.err
+        assert done.out == ""
         assert noted_address(settings) == "127.0.0.1:6379"
 
 
