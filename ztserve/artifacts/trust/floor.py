@@ -75,8 +75,15 @@ class Floor:
         now = Seen(policy.version, policy.digest)
         with self._locked():
             self.check(policy)
-            if self.seen() != now:
+            if self.seen() == now:
+                return
+            try:
                 self._write(now)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path}: {error.strerror}: the node cannot keep which trust "
+                    "policy it has seen; make room for it"
+                ) from error
 
     def seen(self) -> Seen | None:
         """Return what was kept last; None where nothing was; ConfigError."""

@@ -1,6 +1,7 @@
 """A trust policy that is read again whenever its file, or its signature, changes."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from ztserve.artifacts.trust.floor import Floor
@@ -14,33 +15,50 @@ class FollowedPolicy:
 
     What cannot be read, is not signed, has expired or is older is not taken: the last
     good one holds on. So nobody undoes a revocation by breaking the file; for how long
-    newer ones can be kept away is said by `expires`.
+    newer ones can be kept away is said by `expires`. Nor by filling the disk: a newer
+    policy that the node cannot remember is in force here all the same.
     """
 
     def __init__(self, path: Path, floor: Floor, *, root: Path | None = None) -> None:
         self._path = path
         self._root = root
         self._floor = floor
-        self._tried = ""
-        self.policy = self._load()
+        self._tried = self._stamp()
+        self._unkept = ""
+        """What has kept the floor from remembering `policy`, where something has."""
+        self.policy = TrustPolicy.load(path, root=root)
+        floor.keep(self.policy)
 
     def look(self) -> TrustPolicy | None:
         """Return the policy if it is another than at the last look, else None.
 
-        Raises ConfigError, once for each change, where there is one that is not taken.
+        Raises ConfigError, once for each change, where there is one that is not taken;
+        and, once for each cause, where one that was taken cannot be remembered.
         """
-        stamp = self._stamp()
-        if stamp == self._tried:
-            return None
-        before = self.policy
-        self.policy = self._load()
+        before, stamp = self.policy, self._stamp()
+        if stamp != self._tried:
+            self._tried = stamp
+            self._take()
+        elif self._unkept:
+            self._keep_again()
         return self.policy if self.policy.digest != before.digest else None
 
-    def _load(self) -> TrustPolicy:
-        self._tried = self._stamp()
+    def _take(self) -> None:
         policy = TrustPolicy.load(self._path, root=self._root)
-        self._floor.keep(policy)
-        return policy
+        self._floor.check(policy)
+        self.policy, self._unkept = policy, "not tried"
+        with suppress(ConfigError):  # tried again, and told, at the next look
+            self._floor.keep(policy)
+            self._unkept = ""
+
+    def _keep_again(self) -> None:
+        told, self._unkept = self._unkept, ""
+        try:
+            self._floor.keep(self.policy)
+        except ConfigError as error:
+            self._unkept = str(error)
+            if self._unkept != told:
+                raise
 
     def _stamp(self) -> str:
         """Name what lies there now: the policy's text and its signature's."""

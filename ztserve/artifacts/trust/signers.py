@@ -61,21 +61,35 @@ class SignedBy:
 
 
 def read_guarded(path: Path) -> bytes:
-    """Read a small file that only its owner may write; raises ConfigError."""
+    """Read a small regular file that only we, or root, may write; ConfigError."""
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        # Not blocking: a pipe in its place would hold up whoever follows the policy.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
+            check_owned(path, os.fstat(descriptor))
             raw = file.read(MAX_POLICY_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"{path} may be written by group or others (mode {mode & 0o777:o}): "
-            f"whoever can write it decides whom we trust; run chmod go-w {path}"
-        )
     if len(raw) > MAX_POLICY_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_POLICY_BYTES} bytes")
     return raw
+
+
+def check_owned(path: Path, status: os.stat_result) -> None:
+    """Raise ConfigError unless a file is regular and nobody else may write it."""
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is not a regular file")
+    if status.st_uid not in {0, os.geteuid()}:
+        raise ConfigError(
+            f"{path} belongs to uid {status.st_uid}, who can write it and so decides "
+            f"whom we trust; run chown {os.geteuid()} {path}"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"{path} may be written by group or others "
+            f"(mode {status.st_mode & 0o777:o}): "
+            f"whoever can write it decides whom we trust; run chmod go-w {path}"
+        )
 
 
 def load_text(text: str, folder: Path, where: str, *, inline: bool) -> bytes:
