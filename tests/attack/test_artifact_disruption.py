@@ -3,20 +3,33 @@
 Each is answered, and works where its control is taken out.
 """
 
+import base64
 import fcntl
+import json
 import os
 import resource
 import threading
+import time
+import tracemalloc
+from http.client import BadStatusLine
+from urllib.request import urlopen
 
 import pytest
 
+from tests.unit.artifacts.servers import HttpServer, LayoutServer, serving
+from tests.unit.artifacts.studio import Studio
 from tests.unit.artifacts.workshop import Workshop
-from ztserve.artifacts import Floor, FollowedPolicy, TrustPolicy
+from ztserve.artifacts import Floor, FollowedPolicy, TrustPolicy, verify_model
+from ztserve.artifacts.loading import judging
+from ztserve.artifacts.publish import attestation_statement
+from ztserve.artifacts.statements import der, envelope, strict
+from ztserve.artifacts.statements.attestation import TEST_RESULT
 from ztserve.artifacts.trust import floor as floors
-from ztserve.artifacts.trust import signers
-from ztserve.errors import ConfigError
+from ztserve.artifacts.trust import requirements, signers
+from ztserve.errors import ConfigError, RegistryError, VerificationError
 
 CONTROL = pytest.mark.parametrize("control", ["on", "off"])
+NEEDS = f'[[require]]\npredicate = "{TEST_RESULT}"\nroles = ["evaluator"]\n'
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change uid")
 
 
@@ -99,6 +112,7 @@ def held_up(floor, how):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @CONTROL
 @pytest.mark.parametrize("how", ["locked", "full"])
 def test_a_full_disk_or_a_held_lock_does_not_undo_a_revocation(
@@ -128,3 +142,161 @@ def test_a_full_disk_or_a_held_lock_does_not_undo_a_revocation(
             let_go()
     assert followed.look() is None
     assert floor.seen().version == 2
+
+
+# --- statements that nobody signed ----------------------------------------------
+
+
+def littered(workshop, count, **predicate):
+    """A good model, beside whose attestation lie others, by a stranger."""
+    root = workshop.signed()
+    workshop.evaluate(root)
+    digest = envelope.parse_envelope(
+        (root / "model.sig").read_bytes(), what="model.sig"
+    ).digest
+    litter = workshop.stranger.envelope(
+        attestation_statement(
+            digest, TEST_RESULT, {"result": "PASSED", "configuration": [], **predicate}
+        )
+    )
+    assert len(litter) < 1 << 20
+    for number in range(count):
+        (root / f"attestations/stranger-{number}.sig").write_bytes(litter)
+    return root
+
+
+@CONTROL
+@pytest.mark.slow
+def test_attestations_that_nobody_signed_are_not_parsed(workshop, monkeypatch, control):
+    """Each costs whoever parses it a second: a revocation would come minutes late."""
+    root = littered(workshop, 6, x=[[]] * 180_000)
+    trust = workshop.write_policy(tail=NEEDS)
+    if control == "off":
+        monkeypatch.setattr(judging, "check_signer", lambda *_: None)
+    begun = time.process_time()
+    assert verify_model(root, "digits", trust)
+    spent = time.process_time() - begun
+    assert spent < 0.5 if control == "on" else spent > 0.5
+
+
+@pytest.mark.slow
+@CONTROL
+@pytest.mark.parametrize("signed", [True, False])
+def test_an_attestation_does_not_flood_who_reads_the_refusal(
+    workshop, monkeypatch, control, signed
+):
+    root = littered(workshop, 20, failedTests="\n\x1b[2J" + "A" * 300_000)
+    (root / "attestations/evaluation.sig").unlink()
+    roles = {"trainer": ["trainer"], "deployer": ["deployer"]}
+    roles["stranger" if signed else "evaluator"] = ["evaluator"]
+    trust = workshop.write_policy(roles, tail=NEEDS)
+    if control == "off":
+        monkeypatch.setattr(strict, "MAX_MESSAGE", 1 << 30)
+        monkeypatch.setattr(requirements, "MAX_REASONS", 1 << 30)
+    with pytest.raises(VerificationError, match="is not met: none by any") as caught:
+        verify_model(root, "digits", trust)
+    if control == "on":
+        assert len(str(caught.value)) < 10_000
+        assert "and 12 more that do not count" in str(caught.value)
+    else:
+        assert len(str(caught.value)) > (6_000_000 if signed else 3_000)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.slow
+@CONTROL
+def test_a_bundle_of_a_million_parts_takes_no_memory(workshop, monkeypatch, control):
+    root = workshop.signed()
+    (root / "model.sig").write_bytes(b'{"a":[' + b"{}," * 1_000_000 + b"{}]}")
+    if control == "off":
+        monkeypatch.setattr(envelope, "check_parts", lambda _: None)
+    tracemalloc.start()
+    with pytest.raises(VerificationError, match=r"no bundle|unknown field 'a'"):
+        verify_model(root, "digits", workshop.trust)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20 if control == "on" else peak > 64 << 20
+
+
+@pytest.mark.slow
+@CONTROL
+@pytest.mark.parametrize("where", ["status", "accuracy"])
+def test_a_timestamp_with_a_giant_number_is_refused(
+    tmp_path, monkeypatch, control, where
+):
+    """Python writes no number of over 4,300 digits: the refusal itself would fail."""
+    studio = Studio(tmp_path)
+    root = studio.signed()
+    bundle = json.loads((root / "model.sig").read_bytes())
+    kept = bundle["verificationMaterial"]["timestampVerificationData"]
+    stamp = kept["rfc3161Timestamps"][0]
+    raw = base64.b64decode(stamp["signedTimestamp"])
+    giant = der.integer(1 << 20_000)
+    if where == "status":
+        raw = der.sequence(der.sequence(giant))
+    else:
+        raw = coarser(raw, giant)
+    stamp["signedTimestamp"] = base64.b64encode(raw).decode()
+    (root / "model.sig").write_text(json.dumps(bundle))
+    if control == "on":
+        with pytest.raises(VerificationError, match="an integer of 2501 bytes, the l"):
+            verify_model(root, "digits", studio.trust)
+    else:
+        monkeypatch.setattr(der, "MAX_INTEGER_BYTES", 1 << 20)
+        with pytest.raises(ValueError, match="Exceeds the limit") as caught:
+            verify_model(root, "digits", studio.trust)
+        assert not isinstance(caught.value, VerificationError)
+
+
+def coarser(raw, seconds):
+    """A timestamp whose authority's clock is as exact as `seconds`, an INTEGER."""
+
+    def edit(element, path):
+        if not path:
+            parts = der.read_all(element.content, "TSTInfo")
+            parts = [p.raw for p in parts]
+            parts[5] = der.sequence(seconds)
+            return der.element(element.tag, *parts)
+        parts = der.read_all(element.content, "x")
+        rest = [part.raw for part in parts]
+        rest[path[0]] = edit(parts[path[0]], path[1:])
+        return der.element(element.tag, *rest)
+
+    return edit(der.read(raw, "x"), [1, 1, 0, 2, 1, 0, 0])
+
+
+@pytest.mark.slow
+@CONTROL
+def test_an_attestation_under_an_impossible_name_is_no_reason_to_refuse(
+    workshop, monkeypatch, control
+):
+    """Whoever may attach to an image could else keep it from being loaded."""
+    workshop.published()
+    trust = workshop.write_policy(tail=NEEDS)
+    with serving(LayoutServer(workshop.registry)) as server:
+        image = server.image("digits", "1")
+        server.refer(image, "attestations/UPPER CASE.sig", b"{}")
+        if control == "on":
+            with pytest.raises(VerificationError, match="'UPPER CASE' cannot be the"):
+                verify_model(server.url, "digits", trust)
+        else:
+            monkeypatch.setattr(judging, "Malformed", VerificationError)
+            with pytest.raises(strict.Malformed):
+                verify_model(server.url, "digits", trust)
+
+
+# --- answers --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_that_speaks_no_http_does_not_flood_the_log(workshop):
+    said = b"\x1b[2Jx" * 10_000 + b"\r\n"
+    with serving(HttpServer(lambda *_: said)) as server:
+        with pytest.raises(RegistryError, match="no HTTP: BadStatusLine") as caught:
+            verify_model(f"oci+http://{server.authority}", "digits", workshop.trust)
+        assert len(str(caught.value)) < 500
+        assert "\x1b" not in str(caught.value)
+        with pytest.raises(BadStatusLine) as stock:
+            urlopen(f"http://{server.authority}")
+        assert len(str(stock.value)) > 40_000  # the stock client tells it all

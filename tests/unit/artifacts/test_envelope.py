@@ -100,8 +100,9 @@ def test_a_signature_longer_than_any_curves_is_refused():
         (b"\xff", "not UTF-8"),
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": 1, "a": 2}', "duplicate JSON key 'a'"),
-        (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' + b"[" * 4000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[" + b"{}," * 4000 + b"{}]", "over 4096 fields and entries"),
         (b" " * ((16 << 20) + 1), "more than the limit"),
     ],
 )

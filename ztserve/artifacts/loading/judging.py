@@ -26,9 +26,10 @@ from ztserve.artifacts.statements.manifest import (
     parse_manifest,
 )
 from ztserve.artifacts.statements.release import Release, check_release, parse_release
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.artifacts.trust.requirements import Requirement
-from ztserve.artifacts.trust.signers import Role, SignedBy
+from ztserve.artifacts.trust.signers import ROLES, Role, SignedBy
 from ztserve.errors import VerificationError
 from ztserve.types import ModelRef
 
@@ -184,18 +185,22 @@ def _required(
     it out. It is told where too little is left.
     """
     checks: list[Check] = []
+    signed, strange = _signed_attestations(evidence, trust, now)
     for requirement in trust.requirements:
         deployers_own = purpose == "deploy" and requirement.roles == ("deployer",)
         if deployers_own or not requirement.concerns(ref.name):
             continue
         with _stage("attest", f"trust policy {trust.version}, {requirement}"):
             found: list[SignedBy] = []
-            refused: list[str] = []
+            refused = list(strange)
             told: dict[str, str] = {}
-            for envelope in _of_predicate(evidence, requirement, refused):
+            for envelope, attestation in signed:
+                if attestation.predicate_type != requirement.predicate:
+                    continue
                 try:
-                    check_subject(envelope, evidence.found.digest, release)
-                    attestation = parse_attestation(envelope)
+                    check_subject(
+                        attestation, envelope.what, evidence.found.digest, release
+                    )
                     requirement.check_result(attestation, envelope.what)
                     signers = _attesters(envelope, requirement, trust, acting, now)
                 except VerificationError as error:
@@ -211,18 +216,40 @@ def _required(
     return checks
 
 
-def _of_predicate(
-    evidence: Evidence, requirement: Requirement, refused: list[str]
-) -> Iterator[Envelope]:
+def _signed_attestations(
+    evidence: Evidence, trust: TrustPolicy, now: datetime
+) -> tuple[list[tuple[Envelope, Attestation]], list[str]]:
+    """Return what signers of the policy, in any role, attest; and why others do not.
+
+    Whoever reaches the registry can add attestations: of one that no signer signed, no
+    more is read than it takes to tell.
+    """
+    found: list[tuple[Envelope, Attestation]] = []
+    refused: list[str] = []
+    if not trust.requirements:
+        return found, refused
     for name, raw in sorted(evidence.attestations.items()):
         try:
             envelope = parse_envelope(raw, what=file_of(name))
-            predicate = parse_attestation(envelope).predicate_type
-        except VerificationError as error:
+            check_signer(envelope, trust, now)
+            found.append((envelope, parse_attestation(envelope)))
+        except (Malformed, VerificationError) as error:
             refused.append(str(error))
-            continue
-        if predicate == requirement.predicate:
-            yield envelope
+    return found, refused
+
+
+def check_signer(envelope: Envelope, trust: TrustPolicy, now: datetime) -> None:
+    """Raise VerificationError unless a signer of the policy signed, in any role."""
+    fault: VerificationError | None = None
+    for role in ROLES:
+        try:
+            trust.verify(envelope, role, now=now)
+        except VerificationError as error:
+            fault = error
+        else:
+            return
+    if fault is not None:
+        raise fault
 
 
 def _attesters(
@@ -251,19 +278,20 @@ def _attesters(
     return found
 
 
-def check_subject(envelope: Envelope, digest: str, release: Release | None) -> None:
+def check_subject(
+    attestation: Attestation, what: str, digest: str, release: Release | None
+) -> None:
     """Raise VerificationError unless it speaks of this manifest, so released."""
-    attestation: Attestation = parse_attestation(envelope)
     if attestation.digest != digest:
         raise VerificationError(
-            f"{envelope.what} attests {attestation.digest}, not this model ({digest})"
+            f"{what} attests {attestation.digest}, not this model ({digest})"
         )
     if release is None or attestation.predicate_type != VERIFICATION_SUMMARY:
         return
     expected = resource_uri(release.name, release.version)
     if attestation.resource != expected:
         raise VerificationError(
-            f"{envelope.what} summarises {attestation.resource!r}, not {expected!r}"
+            f"{what} summarises {attestation.resource!r}, not {expected!r}"
         )
 
 

@@ -98,8 +98,8 @@ def check_closed(manifest: Manifest, listed: Mapping[str, int]) -> None:
     extra = sorted(listed.keys() - manifest.files.keys())
     if extra:
         raise VerificationError(
-            f"extra file {extra[0]!r} ({len(extra)} in all) is not signed: remove it, "
-            "or sign the model again with it"
+            f"extra file {extra[0]!r:.300} ({len(extra)} in all) is not signed: "
+            "remove it, or sign the model again with it"
         )
     missing = sorted(manifest.files.keys() - listed.keys())
     if missing:

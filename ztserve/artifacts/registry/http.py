@@ -102,7 +102,9 @@ class HttpReader:
             yield
         except TimeoutError as error:
             raise RegistryError(f"{url}: no whole answer in time") from error
-        except (OSError, HTTPException, ValueError) as error:
+        except HTTPException as error:  # it quotes the server, to any length
+            raise RegistryError(f"{url}: no HTTP: {error!r:.300}") from error
+        except (OSError, ValueError) as error:
             raise RegistryError(
                 f"{url}: {str(error) or type(error).__name__}"
             ) from error

@@ -52,9 +52,11 @@ class Resolved:
         try:
             ref = self.ref
         except ConfigError as error:
-            raise RegistryError(f"the registry answers nonsense: {error}") from error
+            raise RegistryError(
+                f"the registry answers nonsense: {error!s:.300}"
+            ) from error
         if (ref.name, ref.version or "") != (self.name, self.version):
-            raise RegistryError(f"the registry answers nonsense: {self.name!r}")
+            raise RegistryError(f"the registry answers nonsense: {self.name!r:.300}")
 
     @property
     def ref(self) -> ModelRef:

@@ -147,7 +147,7 @@ def _parse_test_result(digest: str, predicate: Object) -> Attestation:
     failed = predicate.get("failedTests", [])
     if result == "PASSED" and (missed or failed):
         raise Malformed(
-            f"its result is PASSED, yet it says itself that {missed or failed} failed"
+            f"its result is PASSED, yet it says itself that {missed or failed!r} failed"
         )
     return Attestation(digest, TEST_RESULT, result, MappingProxyType(metrics))
 

@@ -14,6 +14,8 @@ from ztserve.artifacts.statements.strict import Malformed
 
 BOOLEAN, INTEGER, OCTETS, NULL, OID = 0x01, 0x02, 0x04, 0x05, 0x06
 UTF8, GENERALIZED_TIME, SEQUENCE, SET = 0x0C, 0x18, 0x30, 0x31
+MAX_INTEGER_BYTES = 64
+"""Of an INTEGER: serial numbers and nonces are shorter (RFC 5280, 4.1.2.2)."""
 MAX_ITEMS = 256
 """Elements of one SEQUENCE or SET that are read."""
 
@@ -39,6 +41,11 @@ class Element:
     def integer(self, what: str) -> int:
         """Return an INTEGER in its shortest form; raises Malformed."""
         content = self.expect(INTEGER, what)
+        if len(content) > MAX_INTEGER_BYTES:
+            raise Malformed(
+                f"{what}: an integer of {len(content)} bytes, the limit is "
+                f"{MAX_INTEGER_BYTES}"
+            )
         value = int.from_bytes(content, signed=True)
         if not content or integer(value) != self.raw:
             raise Malformed(f"{what}: not an integer in DER")

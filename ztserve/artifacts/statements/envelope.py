@@ -40,6 +40,8 @@ BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 IN_TOTO_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 MAX_BUNDLE_BYTES = 16 << 20
+MAX_BUNDLE_PARTS = 1 << 12
+"""Fields and entries: a bundle is a few long texts, and each part costs memory."""
 MAX_CERTIFICATES = 8
 MAX_CHAIN_BYTES = 32 << 10
 MAX_TIMESTAMPS = 4
@@ -84,9 +86,17 @@ def parse_envelope(
 ) -> Envelope:
     """Parse a bundle; raises VerificationError naming `what` and the fault."""
     try:
+        check_parts(raw)
         return _parse(load_object(raw, limit=MAX_BUNDLE_BYTES), what, payload_type)
     except Malformed as error:
         raise VerificationError(f"{what}: {error}") from error
+
+
+def check_parts(raw: bytes) -> None:
+    """Raise Malformed where parsing would take many times the memory of the text."""
+    parts = sum(map(raw.count, (b"{", b"[", b",")))
+    if parts > MAX_BUNDLE_PARTS:
+        raise Malformed(f"over {MAX_BUNDLE_PARTS} fields and entries: no bundle")
 
 
 def _parse(bundle: Object, what: str, payload_type: str) -> Envelope:

@@ -14,8 +14,17 @@ Object: TypeAlias = Mapping[str, object]
 T = TypeVar("T")
 
 
+MAX_MESSAGE = 500
+"""Characters: what is malformed is quoted, and must not flood who reads of it."""
+
+
 class Malformed(ValueError):
     """The text is not the JSON that was expected; the message says where."""
+
+    def __init__(self, message: str) -> None:
+        longer = len(message) - MAX_MESSAGE
+        more = f"... ({longer} characters more)" if longer > 0 else ""
+        super().__init__(message[:MAX_MESSAGE] + more)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -34,6 +34,8 @@ from ztserve.artifacts.trust.signers import ROLES, Role, SignedBy, only, roles_o
 from ztserve.errors import ConfigError, VerificationError
 
 MAX_REQUIREMENTS = 32
+MAX_REASONS = 8
+"""Why attestations do not count: so many are told."""
 _VERSION = re.compile(r"\d{1,18}(\.\d{1,18}){0,7}\Z")
 _FORMAT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}\Z")
 
@@ -112,7 +114,10 @@ class Requirement:
         else:
             taken = {signer.name for signer in chosen}
             return (*chosen, *_further(found, taken))
-        because = "".join(f"; {reason}" for reason in refused) or "; there is no other"
+        because = "".join(f"; {reason}" for reason in refused[:MAX_REASONS])
+        if more := len(refused[MAX_REASONS:]):
+            because += f"; and {more} more that do not count"
+        because = because or "; there is no other"
         raise VerificationError(
             f"{self.predicate} is not met: {lack}{because}. Mend: `ztserve attest` "
             "with a key that the policy names as "
