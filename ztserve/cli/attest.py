@@ -11,6 +11,7 @@ from ztserve.cli import certified, signer
 from ztserve.errors import ConfigError
 
 _ASSIGNED = re.compile(r"([^=]+)=([^=]+)\Z")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _MAX_PREDICATE_BYTES = 1 << 20
 
 
@@ -20,6 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     signer.arguments(parser, "keys/evaluator.pem of the project")
     certified.arguments(parser)
     parser.add_argument("--name", default="evaluation", help="attestations/NAME.sig")
+    parser.add_argument(
+        "--digest",
+        help="the model that was evaluated, as sha256:..., where others may write the "
+        "folder: any other is refused (default: whichever is there now)",
+    )
     for word, what in (
         ("metric", "a measured value, such as accuracy=0.97; may be repeated"),
         ("minimum", "its threshold, such as accuracy=0.9; may be repeated"),
@@ -48,6 +54,11 @@ def run(chosen: argparse.Namespace) -> int:
     """Write the attestation into the directory."""
     if (chosen.predicate is None) != (chosen.predicate_type is None):
         raise ConfigError("--predicate FILE and --predicate-type URI go together")
+    if chosen.digest is not None and not _DIGEST.match(chosen.digest):
+        raise ConfigError(
+            f"--digest {chosen.digest!r}: expected sha256: and 64 hex digits, as "
+            "`ztserve sign` prints it"
+        )
     if chosen.predicate is not None:
         kind, predicate = str(chosen.predicate_type), _predicate(chosen)
     else:
@@ -60,6 +71,7 @@ def run(chosen: argparse.Namespace) -> int:
             name=chosen.name,
             predicate_type=kind,
             predicate=predicate,
+            digest=chosen.digest,
         )
     )
     return 0

@@ -37,7 +37,12 @@ def run(chosen: argparse.Namespace) -> int:
     key = certified.signer(
         chosen, lambda: signer.load(path, chosen.passphrase_file), "deployer"
     )
-    publish.release_model(chosen.directory, key, name=ref.name, version=ref.version)
+    # Whoever may write the folder can put another model there while we ask for a
+    # passphrase: from here on it is this one, or none.
+    digest = looked_at.digest
+    publish.release_model(
+        chosen.directory, key, name=ref.name, version=ref.version, digest=digest
+    )
     publish.attest_model(
         chosen.directory,
         key,
@@ -46,14 +51,16 @@ def run(chosen: argparse.Namespace) -> int:
         predicate=publish.verification_summary(
             looked_at, trust, version=ref.version, now=types.now()
         ),
+        digest=digest,
     )
-    verify_model(chosen.directory, ref, trust)
+    verify_model(chosen.directory, ref.pinned(digest), trust)
     model = publish.publish(
         chosen.directory,
         chosen.registry or settings.artifacts.folder,
         name=ref.name,
         version=ref.version,
         aliases=chosen.alias or ["production"],
+        digest=digest,
     )
     print(f"{model.name}:{model.version} {model.digest}")
     return 0

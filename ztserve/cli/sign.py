@@ -118,6 +118,6 @@ def _sign_policy(policy: Path, chosen: argparse.Namespace) -> int:
             "(`ztserve key new root.pem --root` makes one); models are directories"
         )
     root = signer.load(chosen.key, chosen.passphrase_file)
-    TrustPolicy.check_signable(policy)
-    print(publish.sign_policy(policy, root))
+    text = TrustPolicy.check_signable(policy)
+    print(publish.sign_policy(policy, root, text=text))
     return 0

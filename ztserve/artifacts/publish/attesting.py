@@ -45,12 +45,14 @@ def attest_model(
     name: str,
     predicate_type: str,
     predicate: Predicate,
+    digest: str | None = None,
 ) -> Path:
     """Attest a signed directory; return the path (attestations/NAME.sig).
 
     The predicate is carried as it is; one that `verify_model` would not understand is
     refused. An older attestation of this name is replaced. Checks that the files are
-    those of the manifest, not whose signature it bears. Raises VerificationError, and
+    those of the manifest, not whose signature it bears; `digest`: of the manifest that
+    is meant, where it could be another by now. Raises VerificationError, and
     ConfigError on a name that cannot be one.
     """
     root = Path(directory)
@@ -58,8 +60,8 @@ def attest_model(
         file = file_of(name)
     except Malformed as error:
         raise ConfigError(str(error)) from error
-    digest = read_signed(root).manifest.digest
-    bundle = signer.envelope(attestation_statement(digest, predicate_type, predicate))
+    found = read_signed(root, digest).manifest.digest
+    bundle = signer.envelope(attestation_statement(found, predicate_type, predicate))
     if len(bundle) > MAX_ATTESTATION_BYTES:
         raise VerificationError(
             f"{file} would have {len(bundle)} bytes; the limit is "

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import IO, NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 from ztserve.artifacts.registry.address import Access, RegistryUrl, origin_of
@@ -24,7 +25,7 @@ from ztserve.artifacts.registry.distribution import (
     repository_of,
     tag_of,
 )
-from ztserve.artifacts.registry.files import read_file
+from ztserve.artifacts.registry.files import FileReader, read_file
 from ztserve.artifacts.registry.http import ANSWER_S, HttpReader
 from ztserve.artifacts.registry.layout import (
     IMAGE_MANIFEST_TYPE,
@@ -33,6 +34,7 @@ from ztserve.artifacts.registry.layout import (
     MAX_MODELS,
     Blob,
     Entry,
+    open_blob,
     parse_blob,
     parse_index,
     parse_layers,
@@ -83,7 +85,7 @@ def push(
     with closing(_Repository(url, access, repository_of(url, name))) as target:
         target.check_not_taken(entry.model)
         for blob in _blobs(image, str(entry.model.ref)):
-            target.put_blob(blob, source.path(blob))
+            target.put_blob(blob, source)
         for tag in sorted(tags):
             target.put_manifest(tag, image)
         _push_referrers(source, target, entry)
@@ -95,7 +97,7 @@ def _push_referrers(source: "_Layout", target: "_Repository", entry: Entry) -> N
     for descriptor in source.referrers(entry.manifest.digest):
         raw = source.read(descriptor)
         for blob in _blobs(raw, descriptor.digest):
-            target.put_blob(blob, source.path(blob))
+            target.put_blob(blob, source)
         if target.put_manifest(descriptor.digest, raw):
             continue  # it keeps the list of what refers to an image itself
         kept.append(
@@ -176,13 +178,49 @@ class _Layout:
             return ""
         return get(as_object(manifest["subject"], "subject"), "digest", str)
 
-    def path(self, blob: Blob) -> Path:
-        """Return where a blob lies."""
-        return self._root / "blobs" / "sha256" / blob.digest.removeprefix("sha256:")
+    def open(self, blob: Blob) -> "Upload":
+        """Open a blob; errors as `open_blob`."""
+        return Upload(open_blob(self._root, blob, blob.digest))
 
     def read(self, blob: Blob) -> bytes:
         """Read a manifest; RegistryError unless it is what its digest says."""
         return read_blob(self._root, blob, limit=MAX_INDEX_BYTES)
+
+
+class Upload:
+    """The bytes of a blob for a PUT: as many as were promised, whatever lies there now.
+
+    What came behind them would be taken for another request of ours.
+    """
+
+    def __init__(self, reader: FileReader) -> None:
+        self._reader = reader
+        self._at = 0
+
+    def read(self, count: int = _PIECE, /) -> bytes:
+        """Return at most `count` further bytes; ValueError where they end too early."""
+        content = bytearray(min(count, self._reader.size - self._at))
+        read = self._reader.read_into(memoryview(content), self._at) if content else 0
+        if read < len(content):
+            raise ValueError("a blob was cut short while it was uploaded")
+        self._at += read
+        return bytes(content)
+
+    def rewind(self) -> None:
+        """Begin anew."""
+        self._at = 0
+
+    def __enter__(self) -> Self:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reader.__exit__(kind, error, trace)
 
 
 def _is_bundle(node: Object) -> bool:
@@ -237,7 +275,7 @@ class _Repository:
                 f"content ({there.digest}): a version never changes; publish a new one"
             )
 
-    def put_blob(self, blob: Blob, path: Path) -> None:
+    def put_blob(self, blob: Blob, source: _Layout) -> None:
         """Upload a file under its digest, which the registry checks, if not there."""
         if self._send("HEAD", f"{self._path}/blobs/{blob.digest}").status == 200:
             return
@@ -246,8 +284,8 @@ class _Repository:
         self._expect(begun, 202, "POST", target)
         place = self._here(begun.location)
         place += ("&" if "?" in place else "?") + f"digest={blob.digest}"
-        with path.open("rb") as file:
-            done = self._send("PUT", place, file, size=blob.size)
+        with source.open(blob) as upload:
+            done = self._send("PUT", place, upload, size=blob.size)
         self._expect(done, 201, "PUT", place)
 
     def put_manifest(
@@ -290,7 +328,7 @@ class _Repository:
         self,
         verb: str,
         target: str,
-        body: bytes | IO[bytes] = b"",
+        body: bytes | Upload = b"",
         *,
         size: int = 0,
         kind: str = "application/octet-stream",
@@ -299,7 +337,7 @@ class _Repository:
         headers = {"Accept": accept, "Content-Length": str(size), "Content-Type": kind}
         answer = self._once(verb, target, body, headers)
         if answer.status == 401 and not isinstance(body, bytes):
-            body.seek(0)
+            body.rewind()
         if answer.status == 401:
             until = time.monotonic() + ANSWER_S
             self._authorization = self._credentials.authorize(
@@ -309,7 +347,7 @@ class _Repository:
         return answer
 
     def _once(
-        self, verb: str, target: str, body: bytes | IO[bytes], headers: dict[str, str]
+        self, verb: str, target: str, body: bytes | Upload, headers: dict[str, str]
     ) -> _Answer:
         if self._authorization:
             headers = {**headers, "Authorization": self._authorization}

@@ -16,12 +16,14 @@ from typing import Any, TypeAlias
 from ztserve.artifacts.publish.atomic import create, replace
 from ztserve.artifacts.publish.signing import read_signed
 from ztserve.artifacts.registry.directory import DirectoryRegistry
+from ztserve.artifacts.registry.files import read_file
 from ztserve.artifacts.registry.layout import (
     ALIASES,
     DIGEST,
     IMAGE_MANIFEST_TYPE,
     INDEX_FILE,
     LAYOUT_FILE,
+    MAX_INDEX_BYTES,
     NAME,
     TITLE,
     VERSION,
@@ -32,7 +34,11 @@ from ztserve.artifacts.registry.protocol import Resolved
 from ztserve.artifacts.registry.referrers import FOR, OF, refers_to
 from ztserve.artifacts.registry.referrers import NAME as ATTESTATION
 from ztserve.artifacts.statements.attestation import file_of, parse_attestation
-from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, parse_envelope
+from ztserve.artifacts.statements.envelope import (
+    BUNDLE_TYPE,
+    MAX_BUNDLE_BYTES,
+    parse_envelope,
+)
 from ztserve.artifacts.statements.manifest import (
     RELEASE_FILE,
     SIGNATURE_FILE,
@@ -63,18 +69,20 @@ def publish(
     name: str,
     version: str,
     aliases: Sequence[str] = ("production",),
+    digest: str | None = None,
 ) -> Resolved:
     """Copy a signed and released directory into the registry, made if not there.
 
     Its attestations go with it, as referrers, in place of all that were there.
-    Points `aliases` at it; publishing the same content again only does that. Raises
+    Points `aliases` at it; publishing the same content again only does that. `digest`:
+    of the manifest that is meant, where it could be another by now. Raises
     VerificationError where the directory is not what its signatures say, or released
     as something else; RegistryError where the version exists with other content.
     """
     source, root = Path(directory), Path(registry_path)
     check_name(name, version, ConfigError)
     _check_aliases(name, aliases)
-    signed = read_signed(source)
+    signed = read_signed(source, digest)
     model = Resolved(name, version, signed.manifest.digest)
     files = {file: buffer.view for file, buffer in signed.buffers.items()}
     files[SIGNATURE_FILE] = memoryview(signed.signature)
@@ -110,7 +118,7 @@ def set_alias(
 
 def _read_release(source: Path, model: Resolved) -> bytes:
     try:
-        raw = (source / RELEASE_FILE).read_bytes()
+        raw = read_file(source, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
     except FileNotFoundError as error:
         raise VerificationError(
             f"{source} has no {RELEASE_FILE}: a deployer must release it first"
@@ -170,7 +178,7 @@ def _lock(descriptor: int, root: Path) -> None:
 
 
 def _read_index(root: Path) -> list[Descriptor]:
-    raw = (root / INDEX_FILE).read_bytes()
+    raw = read_file(root, INDEX_FILE, limit=MAX_INDEX_BYTES)
     parse_index(raw, str(root / INDEX_FILE))
     index: list[Descriptor] = json.loads(raw)["manifests"]
     return index

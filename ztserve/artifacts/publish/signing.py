@@ -152,38 +152,52 @@ def release_model(
     *,
     name: str,
     version: str,
+    digest: str | None = None,
 ) -> Path:
     """Release a signed directory as ``name:version``; return the path (release.sig).
 
     Checks that the files are those of the manifest, not whose signature it bears: a
-    deployer calls ``verify_model(..., purpose="deploy")`` first. Raises ConfigError
+    deployer calls ``verify_model(..., purpose="deploy")`` first, and gives the `digest`
+    that this looked at, lest another model lie there by now. Raises ConfigError
     on a name or version that cannot be asked for, else as `sign_model`.
     """
     check_name(name, version, ConfigError)
     root = Path(directory)
-    digest = read_signed(root).manifest.digest
+    found = read_signed(root, digest).manifest.digest
     replace(
-        root / RELEASE_FILE, signer.envelope(release_statement(name, version, digest))
+        root / RELEASE_FILE, signer.envelope(release_statement(name, version, found))
     )
     return root / RELEASE_FILE
 
 
-def sign_policy(path: str | os.PathLike[str], root_key: StatementSigner) -> Path:
-    """Sign a trust policy under its root key; return the path (``<path>.sig``)."""
+def sign_policy(
+    path: str | os.PathLike[str],
+    root_key: StatementSigner,
+    *,
+    text: bytes | None = None,
+) -> Path:
+    """Sign a trust policy under its root key; return the path (``<path>.sig``).
+
+    `text`: what was checked of it (`TrustPolicy.check_signable`), so that this very
+    text is signed; default: what the file holds now.
+    """
     policy = Path(path)
     signature = policy.with_name(policy.name + ".sig")
-    replace(signature, root_key.envelope(policy.read_bytes(), payload_type=POLICY_TYPE))
+    signed = policy.read_bytes() if text is None else text
+    replace(signature, root_key.envelope(signed, payload_type=POLICY_TYPE))
     return signature
 
 
-def read_signed(root: Path) -> SignedDirectory:
+def read_signed(root: Path, digest: str | None = None) -> SignedDirectory:
     """Read a directory and hold it against its own model.sig.
 
+    `digest` is that of the manifest which the caller means, if not whichever is there.
     Raises VerificationError where they differ, or hold what cannot be served.
     """
     source = DirectoryRegistry(root)
     signature = source.read_signature()
     manifest = parse_manifest(parse_envelope(signature, what=SIGNATURE_FILE))
+    check_meant(root, manifest, digest)
     listed = model_files(root)
     check_closed(manifest, listed)
     check_suffixes(listed)
@@ -196,6 +210,15 @@ def read_signed(root: Path) -> SignedDirectory:
     check_digests(manifest, buffers)
     check_contents({file: buffer.view for file, buffer in buffers.items()})
     return SignedDirectory(manifest, signature, buffers)
+
+
+def check_meant(root: Path, manifest: Manifest, digest: str | None) -> None:
+    """Raise VerificationError where a directory holds another model than was meant."""
+    if digest is not None and manifest.digest != digest:
+        raise VerificationError(
+            f"{root} holds the model {manifest.digest} now, not {digest}, which was "
+            "looked at: somebody signed it anew meanwhile; look at it again"
+        )
 
 
 def model_statement(

@@ -169,18 +169,27 @@ class LayoutRegistry:
         return self._layers[model]
 
     def _open(self, blob: Blob, what: str) -> FileReader:
-        name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
-        try:
-            reader = open_file(self._root, name)
-        except FileNotFoundError as error:
-            raise RegistryError(f"{self._root}: {what}: {name} is missing") from error
-        if reader.size != blob.size:
-            with reader:
-                raise VerificationError(
-                    f"{self._root / name} ({what}) has {reader.size} bytes; the "
-                    f"registry's manifest says {blob.size}"
-                )
-        return reader
+        return open_blob(self._root, blob, what)
+
+
+def open_blob(root: Path, blob: Blob, what: str) -> FileReader:
+    """Open a blob of a layout, through no link; its digest is not checked.
+
+    Raises RegistryError where it is missing, VerificationError where its size is
+    another than its descriptor says.
+    """
+    name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+    try:
+        reader = open_file(root, name)
+    except FileNotFoundError as error:
+        raise RegistryError(f"{root}: {what}: {name} is missing") from error
+    if reader.size != blob.size:
+        with reader:
+            raise VerificationError(
+                f"{root / name} ({what}) has {reader.size} bytes; the "
+                f"registry's manifest says {blob.size}"
+            )
+    return reader
 
 
 def read_blob(root: Path, blob: Blob, *, limit: int) -> bytes:

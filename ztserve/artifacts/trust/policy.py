@@ -92,10 +92,11 @@ class TrustPolicy(Terms):
         return policy
 
     @classmethod
-    def check_signable(cls, path: str | os.PathLike[str]) -> None:
-        """Raise ConfigError unless `load` would take the file, once its root signs."""
-        path = Path(path)
-        cls.parse(read_guarded(path), path, inline=True)
+    def check_signable(cls, path: str | os.PathLike[str]) -> bytes:
+        """Return the text; ConfigError unless `load` would take it, once signed."""
+        raw = read_guarded(Path(path))
+        cls.parse(raw, Path(path), inline=True)
+        return raw
 
     def check_current(self, now: datetime | None = None) -> None:
         """Raise VerificationError once the policy has expired."""
