@@ -10,6 +10,7 @@ import struct
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import model_signing
 import numpy as np
@@ -19,7 +20,7 @@ from safetensors.torch import load, load_file, save_file
 
 from tests.unit.artifacts.workshop import Workshop, pem, signing_key
 from ztserve.artifacts import TrustPolicy, open_registry, verify_model
-from ztserve.artifacts.loading import judging, loader
+from ztserve.artifacts.loading import content, judging, loader
 from ztserve.artifacts.publish import (
     model_statement,
     publish,
@@ -394,6 +395,41 @@ def test_a_signed_configuration_that_fetches_code_is_refused(workshop):
     config = b'{"a": [{"auto_map": {"AutoModel": "evil--modeling.Evil"}}]}'
     root = signed_with(workshop, "model_config.json", config)
     refused(root, workshop.trust, "model_config.json asks for code by 'auto_map'")
+
+
+@pytest.fixture
+def uncontrolled(monkeypatch):
+    """Take a control of what a model's JSON may say out: by its name."""
+    return lambda name: monkeypatch.setattr(content, name, lambda *_: None)
+
+
+def test_a_configuration_that_points_at_another_model_is_refused(
+    workshop, uncontrolled
+):
+    beside = workshop.path / "unsigned"
+    beside.mkdir()
+    (beside / "config.json").write_text('{"hidden_size": 666}')
+    adapter = json.dumps({"base_model_name_or_path": str(beside)}).encode()
+    root = signed_with(workshop, "adapter_config.json", adapter)
+    refused(root, workshop.trust, r"adapter_config.json points out of the model: 'base")
+    uncontrolled("check_config")
+    model = verify_model(root, "digits", workshop.trust)
+    named = json.loads(model.read("adapter_config.json"))["base_model_name_or_path"]
+    base = json.loads((Path(named) / "config.json").read_bytes())  # as a library does
+    assert base["hidden_size"] == 666
+
+
+def test_an_index_that_names_another_file_is_refused(workshop, uncontrolled):
+    outside = workshop.path / "outside.safetensors"
+    save_file({"layer.bias": torch.full((4,), 666.0)}, outside)
+    index = {"weight_map": {"layer.bias": "../outside.safetensors"}}
+    name = "model.safetensors.index.json"
+    root = signed_with(workshop, name, json.dumps(index).encode())
+    refused(root, workshop.trust, r"in '../outside.safetensors', which is no weight fi")
+    uncontrolled("check_index")
+    model = verify_model(root, "digits", workshop.trust)
+    place = json.loads(model.read(name))["weight_map"]["layer.bias"]
+    assert load_file(root / place)["layer.bias"][0] == 666  # what stock loaders do
 
 
 def entry(start, end, shape=None, dtype="F32"):

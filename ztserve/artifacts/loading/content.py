@@ -4,15 +4,19 @@ A signature says who made a file, not that it is harmless: pickles, archives and
 are refused even when signed, by suffix and by their first bytes.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
+from ztserve.artifacts.loading.configuration import (
+    INDEX,
+    check_config,
+    check_index,
+)
 from ztserve.artifacts.loading.header import Layout, parse_header
-from ztserve.artifacts.statements.strict import Malformed, as_object, loads
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
 WEIGHTS = ".safetensors"
-MAX_CONFIG_BYTES = 16 << 20
 
 _PICKLE, _ARCHIVE, _CODE = "a pickle", "an archive", "code"
 _FOREIGN = "a foreign format"
@@ -60,28 +64,35 @@ def check_suffixes(names: Collection[str]) -> None:
                 _refuse(name, _KIND_OF_SUFFIX[suffix], f"suffix {suffix}")
 
 
-def check_contents(files: Mapping[str, memoryview]) -> Mapping[str, Layout]:
+def check_contents(
+    files: Mapping[str, memoryview], sizes: Mapping[str, int] | None = None
+) -> Mapping[str, Layout]:
     """Look into every file; return where each weight file's tensors lie.
 
-    Raises VerificationError on pickles, archives, code, malformed safetensors, tensor
-    names used twice, and configurations that would have code fetched.
+    Of a weight file that is longer, by `sizes`, than what is given of it, the header
+    is looked at and the values are not. Raises VerificationError on pickles, archives,
+    code, malformed safetensors, tensor names used twice, indices that are not of these
+    files, and configurations that would have code, or another model, fetched.
     """
     check_suffixes(files)
     layouts: dict[str, Layout] = {}
     for name, view in files.items():
         if name.endswith(WEIGHTS):
-            layouts[name] = _check_weights(name, view)
+            layouts[name] = _check_weights(name, view, (sizes or {}).get(name))
         else:
             _check_magic(name, view)
         if name.endswith("config.json"):
-            _check_config(name, view)
+            check_config(name, view, files)
     _check_tensor_names(layouts)
+    for name, view in files.items():
+        if name.endswith(INDEX):
+            check_index(name, view, layouts)
     return layouts
 
 
-def _check_weights(name: str, view: memoryview) -> Layout:
+def _check_weights(name: str, view: memoryview, size: int | None) -> Layout:
     try:
-        return parse_header(view)
+        return parse_header(view, size)
     except Malformed as error:
         # Only to give the better reason: a sound header may begin like a pickle.
         _check_magic(name, view)
@@ -107,29 +118,3 @@ def _check_tensor_names(layouts: Mapping[str, Layout]) -> None:
                     f"tensor {tensor!r} is both in {home[tensor]} and in {file}"
                 )
             home[tensor] = file
-
-
-def _check_config(name: str, view: memoryview) -> None:
-    try:
-        config = as_object(loads(bytes(view), limit=MAX_CONFIG_BYTES), "the file")
-    except Malformed as error:
-        raise VerificationError(f"{name}: {error}") from error
-    for key, value in _fields(config):
-        if key in {"auto_map", "custom_pipelines"} or (
-            key == "trust_remote_code" and value is not False
-        ):
-            raise VerificationError(
-                f"{name} asks for code by {key!r}: remove the field and sign again"
-            )
-
-
-def _fields(node: object) -> Iterator[tuple[str, object]]:
-    """Yield every key and value of every object in a JSON document."""
-    waiting = [node]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, dict):
-            yield from here.items()
-            waiting.extend(here.values())
-        elif isinstance(here, list):
-            waiting.extend(here)

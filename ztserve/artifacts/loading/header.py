@@ -62,24 +62,51 @@ class Extent:
     """First byte, counted from the beginning of the file."""
     end: int
 
+    def rows(self, start: int, stop: int) -> "Extent":
+        """Return where the rows `start` to `stop` of the first dimension lie.
+
+        Raises ValueError where it has no such rows.
+        """
+        count = self.shape[0] if self.shape else 0
+        if not self.shape or not 0 <= start <= stop <= count:
+            raise ValueError(
+                f"rows {start} to {stop} of a tensor of shape {self.shape}: expected "
+                f"0 <= start <= stop <= {count}"
+            )
+        row = (self.end - self.start) // count if count else 0
+        begin = self.start + start * row
+        shape = (stop - start, *self.shape[1:])
+        return Extent(self.dtype, shape, begin, begin + (stop - start) * row)
+
 
 Layout: TypeAlias = Mapping[str, Extent]
 """The tensors of one file by name, in the order of their bytes."""
 
 
-def parse_header(file: memoryview) -> Layout:
-    """Parse the header of a whole file in memory; raises Malformed.
+def data_start(file: memoryview, size: int) -> int:
+    """Return where the data begins in a file of `size` bytes; raises Malformed.
 
-    The tensors tile the data exactly: no gap, no overlap, nothing behind them.
+    `file`: at least its first 8 bytes, or all that it has.
     """
-    if len(file) < 8:
-        raise Malformed(f"a file of {len(file)} bytes has no header")
+    if size < 8:
+        raise Malformed(f"a file of {size} bytes has no header")
     length = int.from_bytes(file[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise Malformed(f"a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
-    data = 8 + length
-    if data > len(file):
-        raise Malformed(f"a header of {length} bytes in a file of {len(file)}")
+    if 8 + length > size:
+        raise Malformed(f"a header of {length} bytes in a file of {size}")
+    return 8 + length
+
+
+def parse_header(file: memoryview, size: int | None = None) -> Layout:
+    """Parse the header of a file; raises Malformed.
+
+    The tensors tile the data exactly: no gap, no overlap, nothing behind them. `file`
+    is the whole file, whose BOOL values are looked at too; or, where `size` says that
+    it is longer, as much of it as begins with the header: `check_values` is for later.
+    """
+    size = len(file) if size is None else size
+    data = data_start(file, size)
     text = bytes(file[8:data]).rstrip(b" ")
     if not text.startswith(b"{") or not text.endswith(b"}"):
         raise Malformed("the header is not a JSON object padded with spaces")
@@ -89,16 +116,21 @@ def parse_header(file: memoryview) -> Layout:
         raise Malformed(f"{len(header)} tensors; the limit is {MAX_TENSORS}")
     extents = [(name, _extent(name, node, data)) for name, node in header.items()]
     extents.sort(key=lambda item: (item[1].start, item[1].end))
+    _check_tiling(extents, data, size)
+    if len(file) == size:
+        for name, extent in extents:
+            check_values(name, extent, file[extent.start : extent.end])
+    return dict(extents)
+
+
+def _check_tiling(extents: list[tuple[str, Extent]], data: int, size: int) -> None:
     position = data
     for name, extent in extents:
         if extent.start != position:
             raise Malformed(f"tensor {name!r} does not begin where the last one ends")
         position = extent.end
-    if position != len(file):
-        raise Malformed(f"the tensors end at byte {position} of {len(file)}")
-    for name, extent in extents:
-        _check_bool(name, extent, file)
-    return dict(extents)
+    if position != size:
+        raise Malformed(f"the tensors end at byte {position} of {size}")
 
 
 def _check_metadata(node: object) -> None:
@@ -134,8 +166,9 @@ def _naturals(name: str, tensor: Object, key: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_bool(name: str, extent: Extent, file: memoryview) -> None:
-    if extent.dtype == "BOOL" and extent.end > extent.start:
-        values = np.frombuffer(file[extent.start : extent.end], np.uint8)
-        if values.max() > 1:
-            raise Malformed(f"tensor {name!r} is BOOL but holds other bytes than 0, 1")
+def check_values(name: str, extent: Extent, content: memoryview) -> None:
+    """Raise Malformed where a tensor's bytes, or some rows of them, are no values."""
+    if extent.dtype != "BOOL" or not content:
+        return
+    if np.frombuffer(content, np.uint8).max() > 1:
+        raise Malformed(f"tensor {name!r} is BOOL but holds other bytes than 0, 1")
