@@ -59,12 +59,14 @@ def read_all(
     *,
     serialization: Serialization = WHOLE_FILES,
     max_bytes: int | None = None,
+    allocate: Callable[[Mapping[str, int]], Mapping[str, memoryview]] | None = None,
 ) -> dict[str, Buffer]:
     """Read the files named in `sizes` and hash them as `serialization` says.
 
     As many threads as there are cores, each at a file of its own; where files are in
     shards, each at some shards, so that also one big file keeps them all busy.
     `open_file` is called once for each such piece, and no Reader is used by two.
+    `allocate` gives the memory of these sizes (default: private to this process).
 
     Refuses before reading where they need more than `max_bytes` together (default:
     the machine's memory). Raises RegistryError, VerificationError, or what
@@ -78,7 +80,7 @@ def read_all(
             f"of {limit}"
         )
     serialization.new_hash()  # where it is not installed: before the memory is taken
-    views = {name: _private_memory(size) for name, size in sizes.items()}
+    views = (allocate or _private_memories)(sizes)
     pieces = [
         _Piece(name, view, spans)
         for name, view in views.items()
@@ -155,6 +157,10 @@ def _read_into(reader: Reader, view: memoryview, offset: int, name: str) -> int:
             f"{name!r} is truncated: it ends after {offset} bytes, short of its size"
         )
     return read
+
+
+def _private_memories(sizes: Mapping[str, int]) -> Mapping[str, memoryview]:
+    return {name: _private_memory(size) for name, size in sizes.items()}
 
 
 def _private_memory(size: int) -> memoryview:

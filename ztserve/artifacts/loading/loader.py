@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from ztserve import types
-from ztserve.artifacts.loading.buffers import Buffer, read_all
+from ztserve.artifacts.loading.buffers import Buffer
 from ztserve.artifacts.loading.content import check_contents, check_suffixes
 from ztserve.artifacts.loading.judging import Purpose, gather, judge
+from ztserve.artifacts.loading.memory import Memory, PrivateMemory, Wanted
 from ztserve.artifacts.loading.model import VerifiedModel
 from ztserve.artifacts.registry.protocol import Registry, open_registry
 from ztserve.artifacts.statements.manifest import Manifest, SignedFile
@@ -25,6 +26,7 @@ def verify_model(
     now: datetime | None = None,
     purpose: Purpose = "load",
     max_bytes: int | None = None,
+    memory: Memory | None = None,
 ) -> VerifiedModel:
     """Return the model that `ref` names, after these steps:
 
@@ -48,7 +50,8 @@ def verify_model(
     ``deploy`` (before there is a release) step 4 is left out, with what step 5 would
     require of deployers alone, and `release` of the result is None; such a model is for
     a deployer to look at, not to serve.
-    `max_bytes` bounds the memory for the files (default: the machine's).
+    `max_bytes` bounds the memory for the files (default: the machine's). `memory` has
+    step 7 done elsewhere than in this process's own: whose digests it gives, it proves.
 
     Raises RegistryError where the registry is away or answers nonsense (waiting may
     help), VerificationError where a check does not hold (waiting does not help).
@@ -73,11 +76,14 @@ def verify_model(
     trust.check_formats(listed)
     check_sizes(manifest, listed)
     # 7.
-    buffers = read_all(
-        lambda name: registry.open(found, name),
-        listed,
-        serialization=manifest.serialization,
-        max_bytes=max_bytes,
+    buffers = (memory or PrivateMemory()).fill(
+        Wanted(
+            found.ref,
+            listed,
+            manifest.serialization,
+            lambda name: registry.open(found, name),
+            max_bytes,
+        )
     )
     check_digests(manifest, buffers)
     # 8.
