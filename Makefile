@@ -31,7 +31,8 @@ fmt: $(STAMP)
 proto: $(STAMP)
 	$(PY) -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. \
 		proto/ztserve/*/v1/*.proto
-	git diff --exit-code -- ztserve/transport/v1 ztserve/identity/v1
+	git diff --exit-code -- ztserve/transport/v1 ztserve/identity/v1 \
+		ztserve/doors/v1
 
 bench: $(STAMP)
 	$(PY) -m bench.request

@@ -33,6 +33,8 @@ unmapped.policy.rule, .shadow         rule that decided; rules that would have
 unmapped.model.name, .version,        what was served
 .digest
 unmapped.request_id                   the caller's own id: data, not a key
+unmapped.resource                     what of the model was read, e.g. a file and
+                                      its bytes; absent where nothing was
 unmapped.rows, .bytes_in, .bytes_out  sizes
 unmapped.findings                     what was redacted: kind to count
 unmapped.stages_us                    microseconds by stage
@@ -143,6 +145,7 @@ def call(record: "Record") -> str:
         if end_user is None
         else _caller(end_user.issuer, end_user.subject, end_user.proof)
     )
+    read = f',"resource":{text(record.resource)}' if record.resource else ""
     served = _served(
         record.rule, tuple(record.shadow), record.model, record.version, record.digest
     )
@@ -163,7 +166,7 @@ def call(record: "Record") -> str:
         f',"api":{{"operation":{text(it.operation.title)}'
         f',"request":{{"uid":{text(it.id, 128)}}}}}'
         f',"unmapped":{{"caller":{caller},{served}'
-        f',"request_id":{text(record.request_id, 64)},"rows":{int(record.rows)}'
+        f',"request_id":{text(record.request_id, 64)}{read},"rows":{int(record.rows)}'
         f',"bytes_in":{int(record.bytes_in)},"bytes_out":{int(record.bytes_out)}'
         f',"findings":{{{findings}}},"stages_us":{{{stages}}}'
         f',"total_us":{int(record.seconds() * 1e6)},"notes":[{notes}]}}'

@@ -34,6 +34,7 @@ class Record:
         "outcome",
         "reason",
         "request_id",
+        "resource",
         "rows",
         "rule",
         "shadow",
@@ -55,6 +56,7 @@ class Record:
         self.version = ""
         self.digest = ""
         self.request_id = ""
+        self.resource = ""
         self.stages: dict[str, float] = {}
         self.rows = 0
         self.bytes_in = 0

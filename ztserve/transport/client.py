@@ -122,6 +122,24 @@ class Client:
         """Return an input of zeros, as the model declares its inputs."""
         return self.metadata().example()
 
+    def call(
+        self,
+        path: str,
+        message: bytes,
+        *,
+        timeout_s: float | None = None,
+        metadata: protocol.Headers = (),
+        max_bytes: int | None = None,
+    ) -> bytes:
+        """Return the answer to one unary call of another service than inference.
+
+        `path` is ``/package.Service/Method``; message and answer (of at most
+        `max_bytes`, by default 64 MiB) are protobuf's bytes. Raises as `infer`.
+        """
+        return self._unary(
+            path, message, timeout_s, metadata=metadata, max_bytes=max_bytes
+        )
+
     def send(
         self,
         request: Request,
@@ -206,15 +224,19 @@ class Client:
         message: bytes,
         timeout_s: float | None,
         caller: Caller | None = None,
+        *,
+        metadata: protocol.Headers = (),
+        max_bytes: int | None = None,
     ) -> bytes:
         headers = protocol.headers(caller, self.server_id, message, self._tokens)
+        headers += metadata
         attempts = Attempts(self._budget, timeout_s or self._timeout_s)
         while True:
             channel = self._channel(attempts)
             error: Exception | None = None
             call = None
             try:
-                call = self._begun(channel, path, message, headers, attempts)
+                call = self._begun(channel, path, message, headers, attempts, max_bytes)
                 answer = call.result()
                 self._budget.earn()
                 return answer
@@ -241,6 +263,7 @@ class Client:
         message: bytes,
         headers: protocol.Headers,
         attempts: Attempts,
+        max_bytes: int | None = None,
     ) -> BlockingCall:
         call = BlockingCall(
             path,
@@ -249,7 +272,7 @@ class Client:
             server=self.server_id,
             post=self._thread.post,
             metadata=headers,
-            most=protocol.MAX_MESSAGE_BYTES,
+            most=max_bytes or protocol.MAX_MESSAGE_BYTES,
         )
         self._thread.post(channel.begin, call)
         return call

@@ -1,6 +1,6 @@
 """What a server answers: the methods of the Open Inference Protocol."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -59,6 +59,9 @@ class Method:
     stream: Stream | None = None
     answer_all: AnswerAll | None = None
     """Answers several calls whose messages are there, on one thread; where given."""
+    named: Callable[[Mapping[str, str]], Operation] | None = None
+    """Names the operation of one call by its metadata, instead of `operation`, where
+    they say what it is about; raises InvalidInput."""
 
     def __post_init__(self) -> None:
         if (self.answer is None) == (self.stream is None):

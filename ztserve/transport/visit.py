@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ztserve.errors import CallError, InvalidInput, ZTServeError
 from ztserve.transport import callers, messages, status
@@ -108,16 +108,19 @@ class Visit:
         desk, method = self._desk, self._method
         streams, limits = method.stream is not None, desk.limits
         self.peer = peer = self.judge()
-        health = not streams and method.operation.method == "GET"
+        health = not (streams or method.named) and method.operation.method == "GET"
         desk.admission.enter(peer.id, reserve=_HEALTH_RESERVE if health else 0)
         self._admitted = True
-        self.call, self._bound = desk.reception.call(
+        call, self._bound = desk.reception.call(
             self._exchange,
             peer,
             method.operation,
             limits.max_stream_s if streams else limits.max_call_s,
             self._cancelled,
         )
+        if method.named is not None:
+            call = replace(call, operation=method.named(call.headers))
+        self.call = call
         self.rpc.deadline = self.call.deadline
         desk.reaper.add(self.rpc)
         return self.call

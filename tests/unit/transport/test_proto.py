@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from tritonclient.grpc import service_pb2
 
+from ztserve.doors.v1 import registry_pb2
 from ztserve.transport.v1 import directory_pb2, health_pb2, inference_pb2
 
 ROOT = Path(__file__).parents[3]
@@ -61,7 +62,9 @@ def test_under_the_protocols_own_package_they_could_not() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [inference_pb2, directory_pb2, health_pb2])
+@pytest.mark.parametrize(
+    "module", [inference_pb2, directory_pb2, health_pb2, registry_pb2]
+)
 def test_the_committed_code_is_what_its_proto_says(module, tmp_path: Path) -> None:
     out = tmp_path / "set.pb"
     subprocess.run(
