@@ -46,7 +46,9 @@ def run(chosen: argparse.Namespace) -> int:
     )
     wanted = models(chosen.app, app)
     if chosen.address is None:  # elsewhere, a replica may see another registry
-        check_published(settings, wanted)
+        unchecked = check_published(settings, wanted)
+        if unchecked:
+            print(unchecked, flush=True)
     print("starting Ray", flush=True)
     with attached(chosen.address, num_cpus=chosen.num_cpus):
         # Only now: Ray has put a handler of its own there, which aborts the process.

@@ -8,6 +8,7 @@ from ztserve.config.environment import (
     ray_auth_mode,
 )
 from ztserve.config.file import found_file, load
+from ztserve.config.registry import door_listener, open_registry, registry_door
 from ztserve.config.rooms import (
     agent_directory,
     check_identity_files,
@@ -20,7 +21,6 @@ from ztserve.config.rooms import (
     obtain_identity,
     open_log,
     open_quarantine,
-    open_registry,
     open_tokens,
     record_refusal,
 )
@@ -34,6 +34,7 @@ __all__ = [
     "before_ray",
     "check_identity_files",
     "default_environment",
+    "door_listener",
     "endpoint_socket",
     "entries",
     "follow_federation",
@@ -52,4 +53,5 @@ __all__ = [
     "process_environment",
     "ray_auth_mode",
     "record_refusal",
+    "registry_door",
 ]

@@ -5,11 +5,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ztserve.artifacts import RegistryUrl
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.identity import SpiffeId
 
 _SPIRES_OWN = ("entries", "federation", "bundle_port", "svid_files", "svid_folder")
+_SERVICE_ID = re.compile(r"spiffe://[^/]+/ns/[^/]+/sa/[^/]+\Z")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
@@ -65,6 +67,7 @@ def _check_ids(settings: Settings) -> None:
     for where, ids in (
         ("[authorization] delegates", settings.authorization.delegates),
         ("[identity] admins", settings.identity.admins),
+        ("[artifacts] registry_id", filter(None, (settings.artifacts.registry_id,))),
     ):
         for one in ids:
             try:
@@ -93,14 +96,15 @@ def _check_profile(settings: Settings) -> None:
         return
     for table in ("transport", "directory", "gateway"):
         host = getattr(settings, table).host
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise ConfigError(
                 f"[{table}] host: {host!r} is not a loopback address, and profile "
                 'development stays on this machine; set profile = "production"'
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -120,10 +124,18 @@ def _check_ports(settings: Settings) -> None:
 
 def _check_registry(settings: Settings) -> None:
     artifacts = settings.artifacts
-    if artifacts.registry_credentials and isinstance(artifacts.registry, Path):
+    if artifacts.registry_credentials and not isinstance(
+        artifacts.registry, RegistryUrl
+    ):
+        kind = "a folder" if isinstance(artifacts.registry, Path) else "a door"
         raise ConfigError(
-            f"[artifacts] registry_credentials: {artifacts.registry} is a folder, "
+            f"[artifacts] registry_credentials: {artifacts.registry} is {kind}, "
             "which asks for none; leave it out, or name a server"
+        )
+    if not _SERVICE_ID.match(settings.registry_id):
+        raise ConfigError(
+            f"[artifacts] registry_id: {settings.registry_id} has no service that "
+            "policies could speak of: expected spiffe://DOMAIN/ns/NAMESPACE/sa/SERVICE"
         )
 
 

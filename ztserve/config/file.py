@@ -18,6 +18,7 @@ from ztserve.artifacts import RegistryUrl
 from ztserve.config import environment
 from ztserve.config.coherence import coherent
 from ztserve.config.settings import FILE, Between, Settings
+from ztserve.doors import SCHEME, DoorAddress
 from ztserve.errors import ConfigError
 
 MAX_FILE_BYTES = 256 * 1024
@@ -144,7 +145,8 @@ def _value(value: Any, kind: Any, where: str) -> Any:
             )
         return value
     if RegistryUrl in parameters and isinstance(value, str) and "://" in value:
-        return RegistryUrl.parse(value)
+        address = DoorAddress if value.startswith(SCHEME) else RegistryUrl
+        return address.parse(value)
     if origin is UnionType:  # or None, which TOML cannot say
         return _value(value, parameters[0], where)
     if origin is Annotated:

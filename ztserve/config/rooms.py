@@ -218,17 +218,6 @@ def record_refusal(log: Log, refusal: transport.Refusal) -> None:
     )
 
 
-def open_registry(settings: Settings) -> artifacts.Registry:
-    """Open the registry of models, read only, with our credentials for it.
-
-    Raises RegistryError where there is nothing, ConfigError where they are unusable.
-    """
-    chosen = settings.artifacts
-    path = chosen.registry_credentials
-    access = artifacts.read_access(path) if path else None
-    return artifacts.open_registry(chosen.registry, access)
-
-
 def load_policies(
     settings: Settings,
     *,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from ztserve.artifacts import RegistryUrl
+from ztserve.doors import DoorAddress
 from ztserve.errors import ConfigError
 from ztserve.identity import SpiffeId
 
@@ -68,8 +69,10 @@ class IdentitySettings:
 class ArtifactSettings:
     """Which weights, and whose signature counts?"""
 
-    registry: Path | RegistryUrl = Path(".ztserve/registry")
-    """A folder, or oci+https://HOST/PATH or mlflow+https://HOST."""
+    registry: Path | RegistryUrl | DoorAddress = Path(".ztserve/registry")
+    """A folder, a server (oci+https://HOST/PATH, mlflow+https://HOST), or a door."""
+    registry_id: str | None = None
+    """SPIFFE ID of the registry door; None: ``ns/ztserve/sa/registry`` of ours."""
     registry_credentials: Path | None = None
     """A file of mode 0600 with what a registry's server asks for."""
     trust_policy: Path = Path(".ztserve/trust.toml")
@@ -202,6 +205,12 @@ class Settings:
     def directory_id(self) -> SpiffeId:
         """The identity of the directory door."""
         return self.spiffe_id("directory", "ztserve")
+
+    @property
+    def registry_id(self) -> SpiffeId:
+        """The identity of the registry door."""
+        named = self.artifacts.registry_id
+        return SpiffeId.parse(named) if named else self.spiffe_id("registry", "ztserve")
 
     @property
     def gateway_id(self) -> SpiffeId:

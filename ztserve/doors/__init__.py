@@ -6,8 +6,16 @@ that registry as its callers see it: replicas need no path to the storage, and n
 credentials for it. What a door answers is as untrusted as any registry.
 """
 
-from ztserve.doors.address import DoorAddress
+from ztserve.doors.address import SCHEME, DoorAddress
 from ztserve.doors.reading import DoorRegistry
 from ztserve.doors.registry import RegistryDoor, registry_methods
+from ztserve.doors.wire import MAX_REQUEST_BYTES
 
-__all__ = ["DoorAddress", "DoorRegistry", "RegistryDoor", "registry_methods"]
+__all__ = [
+    "MAX_REQUEST_BYTES",
+    "SCHEME",
+    "DoorAddress",
+    "DoorRegistry",
+    "RegistryDoor",
+    "registry_methods",
+]

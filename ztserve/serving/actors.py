@@ -56,6 +56,7 @@ class AgentActor:
                 local_ids=(
                     settings.gateway_id,
                     settings.developer_id,
+                    *_own_ids(settings, settings.registry_id),
                     # No policy names it: an identity to try refusals with.
                     settings.spiffe_id("stranger", "dev"),
                 ),
@@ -136,6 +137,12 @@ def _actor_table(settings: Settings) -> ActorTable:
             _agent_id(settings): actor_name("agent", settings, here),
         },
     )
+
+
+def _own_ids(settings: Settings, *ids: identity.SpiffeId) -> Iterator[str]:
+    """Yield those IDs that are of our own trust domain: no others are ours to give."""
+    ours = settings.identity.trust_domain
+    yield from (one for one in ids if one.trust_domain == ours)
 
 
 def _agent_id(settings: Settings) -> identity.SpiffeId:

@@ -116,7 +116,9 @@ class Replica:
 
         Raises VerificationError at once; waits, bounded, for a registry that is away.
         """
-        weights = Weights(self.plan.settings, self._log, self._pin)
+        weights = Weights(
+            self.plan.settings, self._log, self._pin, self.source, self.quarantine
+        )
         models = weights.verified(self.plan.models)
         instance = self._loaded(models, args, kwargs)
         self.description = self._describe(models)

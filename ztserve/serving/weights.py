@@ -1,7 +1,8 @@
 """A replica's weights: resolved, pinned for the whole deploy, and verified."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from ztserve import config
@@ -14,7 +15,9 @@ from ztserve.artifacts import (
 )
 from ztserve.audit import Log
 from ztserve.config import Settings, open_registry
+from ztserve.doors import DoorAddress, DoorRegistry
 from ztserve.errors import ArtifactError, ConfigError, RegistryError
+from ztserve.identity import Quarantine, Source
 from ztserve.serving.withdrawal import Held
 from ztserve.types import ModelRef
 
@@ -25,12 +28,22 @@ Pin = Callable[[str, str], str]
 _RETRY_S = 0.5
 
 
-def check_published(settings: Settings, refs: Iterable[ModelRef]) -> None:
-    """Raise ArtifactError where a replica would find no such model, or no policy."""
+def check_published(settings: Settings, refs: Iterable[ModelRef]) -> str:
+    """Raise ArtifactError where a replica would find no such model, or no policy.
+
+    Returns what could not be checked, for people to read: a registry door answers
+    replicas, and their identities come with the cluster. Empty: all was.
+    """
     config.load_trust(settings)
+    if isinstance(settings.artifacts.registry, DoorAddress):
+        return (
+            f"not checked before Ray starts: whether {', '.join(map(str, refs))} can "
+            f"be had from {settings.artifacts.registry}, which answers replicas"
+        )
     registry = open_registry(settings)
     for ref in refs:
         registry.resolve(ref)
+    return ""
 
 
 class Weights:
@@ -40,11 +53,20 @@ class Weights:
     verify is refused at once.
     """
 
-    def __init__(self, settings: Settings, log: Log, pin: Pin) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        pin: Pin,
+        source: Source | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self._all = settings
         self._settings = settings.artifacts
         self._log = log
         self._pin = pin
+        self._source = source
+        self._quarantine = quarantine
         self.followed: FollowedPolicy | None = None
         """The trust policy; None before there was a model to judge."""
         self.held: dict[str, Held] = {}
@@ -58,16 +80,27 @@ class Weights:
         try:
             self.followed = config.follow_trust(self._all)
             trust = self.followed.policy
-            registry = self._patiently(lambda: open_registry(self._all))
-            return {
-                part: self._verify(registry, part, ref, trust)
-                for part, ref in refs.items()
-            }
+            with self._opened() as registry:
+                return {
+                    part: self._verify(registry, part, ref, trust)
+                    for part, ref in refs.items()
+                }
         except (ArtifactError, ConfigError) as error:
             self._log.event(
                 "model-refused", status_code=type(error).__name__, reason=str(error)
             )
             raise
+
+    @contextmanager
+    def _opened(self) -> Iterator[Registry]:
+        registry = self._patiently(
+            lambda: open_registry(self._all, self._source, self._quarantine)
+        )
+        try:
+            yield registry
+        finally:
+            if isinstance(registry, DoorRegistry):
+                registry.close()
 
     def _verify(
         self, registry: Registry, part: str, ref: ModelRef, trust: TrustPolicy

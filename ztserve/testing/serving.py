@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ztserve import audit, config, transport
-from ztserve.artifacts import Role, publish
+from ztserve.artifacts import Role, open_registry, publish
+from ztserve.doors import DoorAddress
 from ztserve.errors import ConfigError
 from ztserve.serving import Replica, ZTDeployment
 from ztserve.serving.replica import Plan
@@ -70,7 +71,9 @@ def serve(  # noqa: PLR0913 - what one may want to say, each with a default
         args: for the class's constructor.
         kwargs: the same.
         policies: Istio YAML files instead of the default, which lets `client` in.
-        tables: tables of ztserve.toml, e.g. ``{"transport": {"max_call_s": 1}}``.
+        tables: tables of ztserve.toml, e.g. ``{"transport": {"max_call_s": 1}}``. Where
+            they name a registry door (``{"artifacts": {"registry":
+            "ztserve://127.0.0.1:PORT"}}``), one is opened there.
         max_ongoing: as Ray Serve's max_ongoing_requests.
         max_queued: calls that may wait beyond those.
 
@@ -85,6 +88,8 @@ def serve(  # noqa: PLR0913 - what one may want to say, each with a default
         settings = _settings(base, deployment, policies, tables or {})
         models = _publish(base, deployment, model)
         authority = ThrowAwayAuthority(settings.identity.trust_domain)
+        if isinstance(settings.artifacts.registry, DoorAddress):
+            ending.enter_context(_door(settings, authority))
         server_id = settings.spiffe_id(deployment.service)
         plan = Plan(settings, models, secrets.token_hex(4), max_ongoing, max_queued)
         replica = Replica(
@@ -99,8 +104,23 @@ def serve(  # noqa: PLR0913 - what one may want to say, each with a default
             model=replica.model_name,
         )
         ending.callback(client.close)
-        log = next(settings.audit.directory.glob("*.jsonl"))
+        log = next(settings.audit.directory.glob(f"{deployment.service}-*.jsonl"))
         yield Served(address, server_id, client, authority, replica, log)
+
+
+@contextmanager
+def _door(settings: config.Settings, authority: ThrowAwayAuthority) -> Iterator[None]:
+    """Open the registry door that the settings name, to the throw-away registry."""
+    source = authority.source(settings.registry_id)
+    host, port = config.door_listener(settings)
+    with config.open_log(settings, "registry", str(port), source) as log:
+        registry = open_registry(settings.state / "registry")
+        server = config.registry_door(settings, registry, source=source, log=log)
+        server.start(host, range(port, port + 1))
+        try:
+            yield
+        finally:
+            server.stop(STOP_S)
 
 
 def _settings(
@@ -148,6 +168,23 @@ spec:
     - from:
         - source:
             principals: ["cluster.local/ns/dev/sa/cli"]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: registry
+  namespace: ztserve
+spec:
+  selector:
+    matchLabels:
+      app: registry
+  rules:
+    - from:
+        - source:
+            principals: ["cluster.local/ns/{namespace}/sa/{service}"]
+      to:
+        - operation:
+            paths: ["/v1/registry/*"]
 """
 
 

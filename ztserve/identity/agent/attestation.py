@@ -155,7 +155,7 @@ class Rules:
             worker_parent=worker_parent,
             worker_namespaces=("ml-inference",),
             worker_ids=(f"{root}/ztserve/sa/directory",),
-            local_ids=(f"{root}/ml-api/sa/api-gateway",),
+            local_ids=(f"{root}/ml-api/sa/api-gateway", f"{root}/ztserve/sa/registry"),
             default_id=f"{root}/dev/sa/cli",
         )
 

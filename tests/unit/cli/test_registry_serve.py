@@ -1,0 +1,126 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.unit.artifacts.real import free_port
+from ztserve import audit, config
+from ztserve.doors import DoorRegistry
+
+
+def through(project, address):
+    """Have the project read its models through a door."""
+    path = project / config.FILE
+    path.write_text(path.read_text().replace(".ztserve/registry", address))
+
+
+@pytest.fixture
+def door(project, published, agent):
+    """``ztserve registry serve`` as a process, and its lines."""
+    address = f"ztserve://127.0.0.1:{free_port()}"
+    through(project, address)
+    command = [sys.executable, "-m", "ztserve.cli", "registry", "serve"]
+    running = subprocess.Popen(
+        [*command, "--from", ".ztserve/registry"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = []
+        while not lines or "Ctrl-C" not in lines[-1]:
+            lines.append(running.stdout.readline())
+            assert lines[-1], running.stderr.read()
+        yield running, address, lines
+    finally:
+        running.kill()
+        running.communicate()
+
+
+@pytest.mark.slow
+def test_serve_says_where_and_lets_a_model_be_verified(ztserve, project, door):
+    running, address, lines = door
+    who = "spiffe://dev.ztserve.internal/ns/ztserve/sa/registry"
+    assert lines[0] == f"{address} as {who}\n"
+    assert "LayoutRegistry(" in lines[1]
+    assert "developer.yaml" in lines[2]
+    told = ztserve("verify", "double:1", "--json")
+    assert json.loads(told.out)["version"] == "1"
+    running.send_signal(signal.SIGINT)
+    assert running.wait(10) == 0
+    log = next((project / ".ztserve/audit").glob("registry-*.jsonl"))
+    calls = [r for r in audit.read(log) if r.get("class_uid") == 6003]
+    assert {r["actor"]["user"]["uid"].rpartition("/")[2] for r in calls} == {"cli"}
+    assert sum(r["unmapped"]["bytes_out"] for r in calls) > 16384
+
+
+@pytest.mark.slow
+def test_serve_ends_by_sigterm(door):
+    running, _, _ = door
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_told(ztserve, project, published, agent):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = ztserve("registry", "serve", "--listen", where)
+    assert done.code == 2
+    assert f"{where} is taken, or not of this machine: choose another" in done.err
+
+
+@pytest.mark.slow
+def test_a_door_without_a_policy_does_not_open(ztserve, project, published, agent):
+    path = project / "policies/developer.yaml"
+    path.write_text(path.read_text().replace("app: registry", "app: other"))
+    done = ztserve("registry", "serve", "--listen", f"127.0.0.1:{free_port()}")
+    assert done.code == 2
+    assert "no policy lets anybody read models" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--listen", "7444"), "expected ztserve://HOST:PORT"),
+        (("--listen", "0.0.0.0:7444"), "not a loopback address"),
+        (("--from", "nowhere"), "there is no registry or model directory"),
+        (("--from", "ftp://a"), "expected oci+https://HOST/PATH"),
+        (
+            ("--from", "oci+https://a/b", "--credentials", "none"),
+            "registry credentials none: ",
+        ),
+    ],
+)
+def test_wrong_use_of_serve_is_a_sentence(ztserve, project, published, words, message):
+    done = ztserve("registry", "serve", *words)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_door_to_itself_is_refused(ztserve, project, published):
+    through(project, "ztserve://127.0.0.1:7444")
+    done = ztserve("registry", "serve")
+    assert done.code == 2
+    assert "registry is the door itself (ztserve://127.0.0.1:7444)" in done.err
+    done = ztserve("registry", "push", "double:1", "--to", "oci+http://127.0.0.1:1")
+    assert "is no folder to push from" in done.err
+
+
+def test_without_an_agent_a_door_is_not_asked(ztserve, project, published):
+    through(project, "ztserve://127.0.0.1:7444")
+    began = time.monotonic()
+    done = ztserve("verify", "double:1")
+    assert done.code == 2
+    assert "there is no agent to give an identity" in done.err
+    assert time.monotonic() - began < 5
+
+
+def test_the_project_of_a_door_opens_it(project, agent, published):
+    through(project, "ztserve://127.0.0.1:7444")
+    with config.open_registry(config.load()) as registry:
+        assert isinstance(registry, DoorRegistry)
