@@ -223,7 +223,7 @@ class DoorRegistry:
                 return self._client.call(
                     wire.SERVICE + verb,
                     request.SerializeToString(),
-                    timeout_s=max(left, 0.001),
+                    timeout_s=max(round(left, 3), 0.001),
                     metadata=((wire.HEADER, name),),
                     max_bytes=most + wire.MAX_OVERHEAD_BYTES,
                 )
