@@ -14,13 +14,14 @@ from tests.unit.doors.support import (
     DIGITS,
     DOMAIN,
     DOOR,
+    POLICY,
     STRANGER,
     opened,
     policies,
     published,
     serving,
 )
-from ztserve import audit
+from ztserve import audit, config
 from ztserve.artifacts import Resolved, open_registry, verify_model
 from ztserve.artifacts.loading import loader
 from ztserve.artifacts.publish import sign_model
@@ -46,6 +47,8 @@ from ztserve.errors import (
     VerificationError,
     ZTServeError,
 )
+from ztserve.identity.quarantine import file as quarantine_file
+from ztserve.testing import ThrowAwayAuthority
 from ztserve.transport import Client, Limits
 from ztserve.types import ModelRef
 
@@ -183,6 +186,48 @@ def _full(*_):
     from ztserve.errors import AuditError
 
     raise AuditError("the disk is full")
+
+
+@pytest.mark.parametrize("followed", [True, False], ids=["followed", "no list"])
+def test_a_principal_in_quarantine_reads_nothing(tmp_path, followed):
+    workshop = Workshop(tmp_path)
+    workshop.published("one", version="1")
+    policy = tmp_path / "policy.yaml"
+    paths = '["/v1/registry/digits"]'
+    policy.write_text(POLICY.format(name="p", who="digits", paths=paths))
+    toml = tmp_path / config.FILE
+    toml.write_text('authorization.policies = ["policy.yaml"]')
+    for file in (policy, toml):
+        file.chmod(0o600)
+    settings = config.load(toml)
+    shut = settings.identity.quarantine
+    shut.parent.mkdir(mode=0o700)
+    quarantine_file.add(shut, DIGITS, reason="t", by="me", on_event=lambda *_: None)
+    authority = ThrowAwayAuthority(DOMAIN)
+    source = authority.source(settings.registry_id)
+    with (
+        config.open_quarantine(settings) as quarantine,
+        config.open_log(settings, "registry", "1", source) as log,
+    ):
+        server = config.registry_door(
+            settings,
+            open_registry(workshop.registry),
+            source=source,
+            log=log,
+            quarantine=quarantine if followed else None,
+        )
+        host, port = server.start("127.0.0.1")
+        address = DoorAddress(f"{host}:{port}")
+        who = authority.source(DIGITS)
+        with DoorRegistry(address, source=who, door_id=DOOR) as registry:
+            if followed:
+                with pytest.raises(
+                    RegistryError, match="the server refused this client"
+                ):
+                    registry.resolve(ModelRef("digits"))
+            else:
+                assert registry.resolve(ModelRef("digits")).version == "1"
+        server.stop(0)
 
 
 class Slow:
