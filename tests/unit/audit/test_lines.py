@@ -17,7 +17,8 @@ def test_the_longest_hostile_record_is_one_bounded_line_of_json(log, call, recor
     with log.record(it) as record:
         record.rule, record.shadow = HOSTILE, (HOSTILE,) * 50
         record.model = record.version = record.digest = HOSTILE
-        record.request_id = record.reason = record.error = HOSTILE
+        record.request_id = record.resource = HOSTILE
+        record.reason = record.error = HOSTILE
         record.findings = {f"{n}{HOSTILE}": n for n in range(50)}
         for n in range(50):
             record.stage(f"{n}{HOSTILE}")
@@ -32,6 +33,16 @@ def test_a_line_without_caller_says_null(log, call, records):
     with log.record(call(caller=None)) as record:
         record.described()
     assert records()[0]["unmapped"]["caller"] is None
+
+
+def test_what_was_read_of_a_model_is_told_where_something_was(log, call, records):
+    for resource in ("", "model.safetensors[0:+64]"):
+        with log.record(call()) as record:
+            record.resource = resource
+            record.described()
+    without, told = records()
+    assert "resource" not in without["unmapped"]
+    assert told["unmapped"]["resource"] == "model.safetensors[0:+64]"
 
 
 def test_an_event_carries_its_fields_as_plain_json(log, records):

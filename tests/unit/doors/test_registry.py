@@ -104,6 +104,7 @@ def test_the_door_answers_as_the_registry_behind_it(both, model):
         assert registry.files(model) == behind.files(model)
 
 
+@pytest.mark.slow
 def test_a_signed_directory_can_be_behind_the_door(tmp_path):
     workshop = Workshop(tmp_path)
     root = workshop.signed()
@@ -141,6 +142,7 @@ def test_content_is_what_protobuf_would_make_of_it(size):
         wire.content(message + b"!", size)
 
 
+@pytest.mark.slow
 def test_a_newer_model_is_found_at_once(both):
     workshop, door = both
     with door.registry() as registry:
