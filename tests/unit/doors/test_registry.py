@@ -1,12 +1,16 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.unit.artifacts.servers import LayoutServer, serving
 from tests.unit.artifacts.workshop import Workshop
 from tests.unit.doors.support import DIGITS, DOOR, STRANGER, opened, published
 from ztserve.artifacts import Resolved, open_registry, verify_model
 from ztserve.artifacts.publish import publish, set_alias, sign_model
+from ztserve.artifacts.registry import layout
+from ztserve.doors import registry as door_room
 from ztserve.doors import wire
 from ztserve.doors.v1 import registry_pb2 as pb
 from ztserve.errors import (
@@ -300,3 +304,45 @@ def test_a_stranger_is_denied_with_what_to_mend(door):
 def test_a_call_of_another_method_is_not_there(ask):
     with pytest.raises(NotFound, match="no such method"):
         ask("", b"", "digits", path="/ztserve.v1.Registry/Write")
+
+
+# --- what may be behind it ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_oci_registry_can_be_behind_the_door(tmp_path):
+    workshop = Workshop(tmp_path)
+    content = b"0123456789" * 300_000
+    workshop.published("one", version="1", files={"table.txt": content})
+    with (
+        serving(LayoutServer(workshop.registry)) as server,
+        opened(open_registry(server.url), tmp_path) as door,
+        door.registry() as registry,
+    ):
+        loaded = verify_model(registry, "digits@production", workshop.trust)
+        assert loaded.read("table.txt") == content
+        with pytest.raises(RegistryError, match="is away, or has no such digits"):
+            registry.resolve(ModelRef("digits:9"))
+        server.respond = lambda *_: b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"
+        with pytest.raises(RegistryError, match="is away, or has no such digits"):
+            registry.resolve(ModelRef("digits:1"))
+
+
+@pytest.mark.slow
+def test_many_models_are_read_at_once_by_many_callers(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "MAX_REMEMBERED", 2)
+    monkeypatch.setattr(door_room, "MAX_KNOWN", 2)
+    workshop = Workshop(tmp_path)
+    names = [f"m{n}" for n in range(6)]
+    for n, name in enumerate(names):
+        workshop.published(name, name, version="1", fill=float(n))
+    rights = {"digits": ["/v1/registry/*"]}
+    with opened(open_registry(workshop.registry), tmp_path, rights) as door:
+
+        def load(n):
+            with door.registry() as registry:
+                return bias(verify_model(registry, f"m{n % 6}:1", workshop.trust))
+
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(load, range(24)))
+    assert found == [float(n % 6) for n in range(24)]

@@ -17,6 +17,7 @@ from ztserve.artifacts.registry.layout import (
     DIGEST,
     IMAGE_MANIFEST_TYPE,
     MAX_INDEX_BYTES,
+    MAX_REMEMBERED,
     NAME,
     VERSION,
     Blob,
@@ -43,8 +44,6 @@ from ztserve.types import ModelRef
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MAX_REFERRERS = 64
 MAX_ATTESTATION_BYTES = 1 << 20
-MAX_REMEMBERED = 64
-"""Models whose files are remembered between `resolve` and the other verbs."""
 _REPOSITORY = re.compile(
     r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*\Z"
 )
@@ -143,11 +142,13 @@ class DistributionRegistry:
         return self._blob(model, blob, limit=MAX_BUNDLE_BYTES)
 
     def _of(self, model: Resolved) -> tuple[str, Mapping[str, Blob]]:
-        if model not in self._images:
+        found = self._images.get(model)
+        if found is None:
             self.resolve(model.ref)
-        if model not in self._images:
+            found = self._images.get(model)
+        if found is None:
             raise RegistryError(f"{self._url} has no {model.ref}")
-        return self._images[model]
+        return found
 
     # --- what refers to an image --------------------------------------------------
 
@@ -189,12 +190,14 @@ class DistributionRegistry:
 
     def _reader(self, name: str) -> HttpReader:
         """Return the reader of one repository: a token holds for no other."""
-        if name not in self._http:
+        http = self._http.get(name)
+        if http is None:
             if len(self._http) >= MAX_REMEMBERED:
                 self._http.clear()
             scope = f"repository:{repository_of(self._url, name)}:pull"
-            self._http[name] = HttpReader(self._url.origin, self._access, scope=scope)
-        return self._http[name]
+            http = HttpReader(self._url.origin, self._access, scope=scope)
+            self._http[name] = http
+        return http
 
     def _target(self, name: str, kind: str, reference: str) -> str:
         return f"/v2/{repository_of(self._url, name)}/{kind}/{reference}"

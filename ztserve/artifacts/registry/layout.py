@@ -42,6 +42,8 @@ LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 4 << 20
 MAX_MODELS = 10_000
+MAX_REMEMBERED = 64
+"""Models whose files are remembered between `resolve` and the other verbs."""
 IMAGE_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 TITLE = "org.opencontainers.image.title"
 NAME = "dev.ztserve.model.name"
@@ -103,6 +105,8 @@ class LayoutRegistry:
             raise RegistryError(f"{self._root} has no {ref}; it has {latest}")
         entry = found[-1]
         raw = read_blob(self._root, entry.manifest, limit=MAX_INDEX_BYTES)
+        if len(self._layers) >= MAX_REMEMBERED:
+            self._layers.clear()
         self._layers[entry.model] = parse_layers(raw, f"{ref}")
         return entry.model
 
@@ -162,11 +166,13 @@ class LayoutRegistry:
             raise RegistryError(f"{self._root} has no {INDEX_FILE}") from error
 
     def _of(self, model: Resolved) -> Mapping[str, Blob]:
-        if model not in self._layers:
+        found = self._layers.get(model)
+        if found is None:
             self.resolve(model.ref)
-        if model not in self._layers:
+            found = self._layers.get(model)
+        if found is None:
             raise RegistryError(f"{self._root} has no {model.ref}")
-        return self._layers[model]
+        return found
 
     def _open(self, blob: Blob, what: str) -> FileReader:
         return open_blob(self._root, blob, what)

@@ -119,11 +119,13 @@ class MlflowRegistry:
         return RangeReader(self._http, self._artifact(folder, name), folder.files[name])
 
     def _of(self, model: Resolved) -> _Folder:
-        if model not in self._folders:
+        found = self._folders.get(model)
+        if found is None:
             self.resolve(model.ref)
-        if model not in self._folders:
+            found = self._folders.get(model)
+        if found is None:
             raise RegistryError(f"{self._url} has no {model.ref}")
-        return self._folders[model]
+        return found
 
     # --- which version --------------------------------------------------------------
 
