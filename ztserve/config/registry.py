@@ -26,6 +26,8 @@ DOOR = DoorAddress("127.0.0.1:7444")
 """Where a door listens that nobody gave an address."""
 MAX_IN_FLIGHT = 64
 """Calls at once of a door: each may hold an answer of megabytes."""
+MAX_IN_FLIGHT_EACH = 48
+"""Of these, of one principal: so that there is room for others."""
 
 
 def open_registry(
@@ -94,6 +96,9 @@ def registry_door(
             usual,
             max_message_bytes=MAX_REQUEST_BYTES,
             max_in_flight=min(usual.max_in_flight, MAX_IN_FLIGHT),
+            max_in_flight_per_principal=min(
+                usual.max_in_flight_per_principal, MAX_IN_FLIGHT_EACH
+            ),
         ),
         on_refused=lambda refusal: record_refusal(log, refusal),
         on_handshake_refused=log.refused_handshakes,

@@ -77,6 +77,33 @@ def test_in_development_a_door_stays_on_this_machine(tmp_path):
     assert config.door_listener(ours, "0.0.0.0:7444") == ("0.0.0.0", 7444)
 
 
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("", (64, 48, 65536)),
+        (
+            "transport = { max_in_flight = 8, max_in_flight_per_principal = 4 }",
+            (8, 4, 65536),
+        ),
+    ],
+)
+def test_a_doors_limits_leave_room_for_others(tmp_path, head, expected):
+    file = tmp_path / "p.yaml"
+    file.write_text(POLICY.format(action="ALLOW", app="registry", note=""))
+    file.chmod(0o600)
+    ours = settings(tmp_path, "", f'authorization.policies = ["p.yaml"]\n{head}')
+    source = ThrowAwayAuthority(DOMAIN).source(ours.registry_id)
+    registry = open_registry(Workshop(tmp_path).signed())
+    with config.open_log(ours, "registry", "1", source) as log:
+        door = config.registry_door(ours, registry, source=source, log=log)
+    limits = door._limits
+    assert expected == (
+        limits.max_in_flight,
+        limits.max_in_flight_per_principal,
+        limits.max_message_bytes,
+    )
+
+
 POLICY = """
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
