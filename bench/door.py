@@ -6,7 +6,9 @@ The same signed model in one file and in four, its files in the page cache. Each
 a fresh process that imports, then loads and verifies, then sums a byte of every page;
 the arms take turns. The door is a process of its own on the same machine, so that both
 ends of the wire (encrypting, decrypting) share its cores with the hashing: on a network
-they would not. Figures are medians, with the least and the most.
+they would not. Figures are medians, with the least and the most; `CPU` is what replica
+and door used together (the door's is counted in hundredths of a second), which tells
+more than seconds do on a machine that has other work.
 
 ============  ====================================================================
 folder        `verify_model` of the folder
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +31,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -118,9 +121,32 @@ def serve(folder: Path, model: Path) -> None:
         server.stop(0)
 
 
+class Taken(NamedTuple):
+    """What one load took, and the sum of what it touched."""
+
+    s: float
+    cpu_s: float
+    """Of replica and door."""
+    touched: int
+
+
+class Door(NamedTuple):
+    """A door that runs; port 0: none."""
+
+    port: int
+    pid: int
+
+    def cpu_s(self) -> float:
+        """Return the CPU time that it has used (proc(5))."""
+        if not self.port:
+            return 0.0
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def served(folder: Path, model: Path) -> Iterator[int]:
-    """Run `serve` in a process of its own; yields the port."""
+def served(folder: Path, model: Path) -> Iterator[Door]:
+    """Run `serve` in a process of its own."""
     command = [sys.executable, "-m", "bench.door", "--serve", str(model)]
     running = subprocess.Popen(
         [*command, "--folder", str(folder)], stdout=subprocess.PIPE, text=True
@@ -128,7 +154,7 @@ def served(folder: Path, model: Path) -> Iterator[int]:
     try:
         if running.stdout is None:
             raise ValueError("the door has no output")
-        yield int(running.stdout.readline())
+        yield Door(int(running.stdout.readline()), running.pid)
     finally:
         running.terminate()
         running.wait(RUN_S)
@@ -144,7 +170,7 @@ def load_once(folder: Path, model: Path, port: int) -> None:
 
     trust = TrustPolicy.load(model.parent / "trust.toml")
     me = source(folder / "replica") if port else None
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     if me is None:
         loaded = verify_model(open_registry(model), "m:1", trust)
     else:
@@ -153,25 +179,35 @@ def load_once(folder: Path, model: Path, port: int) -> None:
         ) as registry:
             loaded = verify_model(registry, "m:1", trust)
     touched = sum(int(tensor[::PAGE].sum()) for _, tensor in loaded.tensors())
-    print(json.dumps({"s": time.perf_counter() - began, "touched": touched}))
+    print(
+        json.dumps(
+            {
+                "s": time.perf_counter() - began,
+                "cpu_s": time.process_time() - used,
+                "touched": touched,
+            }
+        )
+    )
 
 
-def run(folder: Path, model: Path, port: int) -> tuple[float, int]:
-    """Run one load in a process of its own; return the seconds and the sum."""
+def run(folder: Path, model: Path, door: Door) -> Taken:
+    """Run one load in a process of its own."""
     for path in model.iterdir():
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass
     command = [sys.executable, "-m", "bench.door", "--once", str(model)]
+    before = door.cpu_s()
     done = subprocess.run(
-        [*command, "--folder", str(folder), "--port", str(port)],
+        [*command, "--folder", str(folder), "--port", str(door.port)],
         capture_output=True,
         text=True,
         timeout=RUN_S,
         check=True,
     )
     told = json.loads(done.stdout)
-    return told["s"], told["touched"]
+    cpu_s = told["cpu_s"] + door.cpu_s() - before
+    return Taken(told["s"], cpu_s, told["touched"])
 
 
 def measure(mib: int, rounds: int) -> list[report.Row]:
@@ -184,20 +220,21 @@ def measure(mib: int, rounds: int) -> list[report.Row]:
             make(folder / str(files), mib, files)
             model = folder / str(files) / "model"
             case = f"{files} file{'s' * (files > 1)}"
-            taken: dict[str, list[tuple[float, int]]] = {arm: [] for arm in ARMS}
-            with served(folder, model) as port:
+            taken: dict[str, list[Taken]] = {arm: [] for arm in ARMS}
+            with served(folder, model) as door:
                 for turn in track(range(rounds), case, transient=True):
                     for arm in ARMS[:: 1 if turn % 2 else -1]:
-                        at = port if arm == "door" else 0
+                        at = door if arm == "door" else Door(0, 0)
                         taken[arm].append(run(folder, model, at))
-            if len({one[1] for arm in ARMS for one in taken[arm]}) != 1:
+            if len({one.touched for arm in ARMS for one in taken[arm]}) != 1:
                 raise ValueError("the arms did not load the same bytes")
             for arm in ARMS:
-                seconds = [one[0] for one in taken[arm]]
+                seconds = [one.s for one in taken[arm]]
                 for metric, value in (
                     ("median", median(seconds)),
                     ("least", min(seconds)),
                     ("most", max(seconds)),
+                    ("CPU", median(one.cpu_s for one in taken[arm])),
                 ):
                     rows.append(
                         {
@@ -217,7 +254,7 @@ def show(rows: Sequence[report.Row], mib: int) -> None:
     table = []
     for case in dict.fromkeys(row["case"] for row in rows):
         for arm in ARMS:
-            value = {m: found[case, arm, m] for m in ("median", "least", "most")}
+            value = {m: found[case, arm, m] for m in ("median", "least", "most", "CPU")}
             ratio = value["median"] / found[case, "folder", "median"]
             table.append(
                 (
@@ -226,10 +263,11 @@ def show(rows: Sequence[report.Row], mib: int) -> None:
                     report.number(value["median"]),
                     f"{report.number(value['least'])}..{report.number(value['most'])}",
                     report.number(mib * 1.048576 / value["median"]),
+                    report.number(value["CPU"]),
                     f"{ratio:.2f}x folder",
                 )
             )
-    columns = ("case", "arm", "s", "min..max", "MB/s", "ratio")
+    columns = ("case", "arm", "s", "min..max", "MB/s", "CPU s", "ratio")
     report.show(f"{mib} MiB of weights", columns, table)
 
 
