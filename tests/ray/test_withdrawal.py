@@ -33,10 +33,18 @@ def wait_for(shell, kind, seconds):
     return events(shell, kind)
 
 
+def addresses(shell):
+    """Return where the directory lists replicas, by ``ztserve status``."""
+    said = shell.run(*ZTSERVE, "status", "--json")
+    listed = json.loads(said[said.index("{") :])["replicas"]
+    return [e["address"] for endpoints in listed.values() for e in endpoints]
+
+
 def test_a_revoked_model_is_served_no_longer_and_not_again(shell):
     begun = shell.start(*ZTSERVE, "run", "examples.digits:app")
     begun.says("^serving; Ctrl-C stops it")
     shell.run(*ZTSERVE, "predict", "inference-service", "--example")
+    assert len(addresses(shell)) == 1
     (verified,) = events(shell, "model-verified")
     policy = shell.project / ".ztserve/trust.toml"
     entry = f'{{ digest = "{verified["digest"]}", reason = "poisoned data" }}'
@@ -45,6 +53,9 @@ def test_a_revoked_model_is_served_no_longer_and_not_again(shell):
     began = time.monotonic()
     (withdrawn,) = wait_for(shell, "model-withdrawn", WITHIN_S)
     assert "poisoned data" in withdrawn["reason"]
+    # Serve has not seen it yet, the directory has.
+    assert addresses(shell) == []
+    assert not events(shell, "model-refused")
     shell.run(*ZTSERVE, "predict", "inference-service", "--example", code=2)
     assert begun.process.poll() is None
     # Serve replaces the replica, and the new one refuses to start.

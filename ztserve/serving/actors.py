@@ -5,10 +5,9 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import ray
 
@@ -17,13 +16,11 @@ from ztserve.config import Settings
 from ztserve.errors import ConfigError
 from ztserve.serving import ray_private
 from ztserve.serving.actor_table import ActorTable
+from ztserve.serving.listing import Endpoints, Listing, Place
 from ztserve.types import Call
 
 NAMESPACE = "ztserve"
 """Where both actors are named, in Ray."""
-Place: TypeAlias = tuple[str, str]
-"""An application of Serve's, and a deployment in it."""
-Endpoints: TypeAlias = tuple[transport.Endpoint, ...]
 
 
 def actor_name(kind: str, settings: Settings, node: str) -> str:
@@ -159,9 +156,9 @@ class DirectoryActor:
         identity.harden_process()
         self._settings = settings
         self._pins: dict[str, str] = {}
-        self._targets: dict[str, dict[Place, Endpoints]] = {}
+        self._listing = Listing()
         self._followed: dict[tuple[str, Place], Any] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._source = config.obtain_identity(settings, settings.directory_id)
@@ -199,7 +196,7 @@ class DirectoryActor:
 
     def pin(self, name: str, digest: str) -> str:
         """Keep the first digest that a deploy resolved; return it ever after."""
-        with self._changed:
+        with self._lock:
             return self._pins.setdefault(name, digest)
 
     def follow(self, key: str, app: str, deployment: str) -> None:
@@ -208,42 +205,27 @@ class DirectoryActor:
         Several deployments may bear one identity; their replicas are listed together.
         """
         place = (app, deployment)
-        with self._changed:
+        with self._lock:
             if (key, place) not in self._followed:
+                update = partial(self._listing.update, key, place)
                 self._followed[key, place] = ray_private.follow(
-                    app, deployment, partial(self._update, key, place), self._loop
+                    app, deployment, update, self._loop
                 )
+
+    def leave(self, replica: str) -> None:
+        """List a replica no longer; it says so itself, before Serve knows."""
+        self._listing.leave(replica)
 
     def listing(self) -> dict[str, Endpoints]:
         """Return all that is known, by namespace/service."""
-        with self._changed:
-            return {key: self._endpoints(key) for key in self._targets}
-
-    def _endpoints(self, key: str) -> Endpoints:
-        return tuple(chain.from_iterable(self._targets.get(key, {}).values()))
-
-    def _update(
-        self, key: str, place: Place, replicas: Sequence[Mapping[str, Any]]
-    ) -> None:
-        with self._changed:
-            self._targets.setdefault(key, {})[place] = tuple(
-                transport.Endpoint(r["address"], r["model"], r["version"], r["digest"])
-                for r in replicas
-                if r.get("ztserve")
-            )
-            self._changed.notify_all()
+        return self._listing.all()
 
     def watch(self, call: Call, deployment: str) -> Iterator[Endpoints]:
         """Yield where a deployment's replicas are, now and at each change."""
         with self._log.record(call) as record:
             record.rule = self._policies.authorize(call).rule
             record.described()
-        seen: Endpoints | None = None
-        while not call.cancelled() and time.monotonic() < call.deadline:
-            with self._changed:
-                current = self._endpoints(deployment)
-                if current == seen:
-                    self._changed.wait(1.0)
-                    continue
-            seen = current
-            yield current
+        yield from self._listing.watch(
+            deployment,
+            lambda: not call.cancelled() and time.monotonic() < call.deadline,
+        )

@@ -20,9 +20,9 @@ from ztserve.serving.actors import (
     NAMESPACE,
     AgentActor,
     DirectoryActor,
-    Endpoints,
     actor_name,
 )
+from ztserve.serving.listing import Endpoints
 
 START_S = 60.0
 
@@ -35,6 +35,8 @@ class Membership:
     directory: str
     app: str
     deployment: str
+    replica: str
+    """Its ID, of Serve's."""
     key: str
     _actor: Any
 
@@ -46,6 +48,10 @@ class Membership:
         """Have the directory follow this deployment, also after it was restarted."""
         self._actor.follow.remote(self.key, self.app, self.deployment)
 
+    def leave(self) -> None:
+        """Have the directory list this replica no longer."""
+        self._actor.leave.remote(self.replica)
+
     def close(self) -> None:
         """Give the identity up."""
         close = getattr(self.source, "close", None)
@@ -53,7 +59,9 @@ class Membership:
             close()
 
 
-def join(settings: Settings, *, service: str, app: str, deployment: str) -> Membership:
+def join(
+    settings: Settings, *, service: str, app: str, deployment: str, replica: str
+) -> Membership:
     """Get an identity for this process and find the directory.
 
     Raises ConfigError where the cluster is not fit, IdentityError where the agent
@@ -65,7 +73,7 @@ def join(settings: Settings, *, service: str, app: str, deployment: str) -> Memb
     actor = _get_or_create(DirectoryActor, "directory", settings)
     address = _ask(actor.address.remote(), "the directory")
     key = f"{settings.identity.namespace}/{service}"
-    return Membership(source, address, app, deployment, key, actor)
+    return Membership(source, address, app, deployment, replica, key, actor)
 
 
 def check_cluster(settings: Settings) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ class Replica:
         source: this replica's own identity.
         name: names the replica in the audit.
         pin: given the resolved digest of a part, returns the one that this deploy uses.
+        on_withdrawn: called when the replica takes no more calls for good, before the
+            running ones have ended.
 
     """
 
@@ -71,11 +73,13 @@ class Replica:
         *,
         name: str,
         pin: Pin = lambda _part, digest: digest,
+        on_withdrawn: Callable[[], None] = lambda: None,
     ) -> None:
         self.deployment = deployment
         self.plan = plan
         self.source = source
         self._pin = pin
+        self._on_withdrawn = on_withdrawn
         self._log = open_log(plan.settings, deployment.service, name, source)
         self.quarantine = open_quarantine(plan.settings)
         self.tokens = open_tokens(plan.settings, source)
@@ -187,7 +191,10 @@ class Replica:
             digest=self.description.digest if self.description else "",
             reason=str(error),
         )
-        self._close_door(GRACE_S)
+        try:
+            self._on_withdrawn()
+        finally:
+            self._close_door(GRACE_S)
 
     def _close_door(self, grace_s: float) -> None:
         with self._leaving:

@@ -18,7 +18,7 @@ from ray import serve
 from ray.util import metrics
 
 from ztserve import transport
-from ztserve.errors import ConfigError, Denied, ZTServeError
+from ztserve.errors import ConfigError, Denied, VerificationError, ZTServeError
 from ztserve.identity import harden_process
 from ztserve.serving import node, ray_private
 from ztserve.serving.composition import Composed
@@ -87,6 +87,7 @@ class Shell:
             "version": description.version if description else "",
             "digest": description.digest if description else "",
             "pid": os.getpid(),
+            "replica": self._node.replica,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -95,7 +96,11 @@ class Shell:
 
     async def check_health(self) -> None:
         """Raise where this replica cannot answer."""
-        self._replica.check_health()
+        try:
+            self._replica.check_health()
+        except VerificationError:
+            self._node.leave()  # again: the directory may be another by now
+            raise
         self._node.remind()
         self._meter.read(self._replica.outcomes)
 
@@ -145,6 +150,7 @@ def _start(
         service=cls.service,
         app=context.app_name,
         deployment=context.deployment,
+        replica=context.replica_id.unique_id,
     )
 
     def compose(value: Any) -> Any:
@@ -168,6 +174,7 @@ def _start(
         pin=lambda part, digest: member.pin(
             f"{plan.deploy}/{cls.service}/{part}", digest
         ),
+        on_withdrawn=member.leave,
     )
     replica.start(
         tuple(compose(value) for value in args),

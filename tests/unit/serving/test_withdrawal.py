@@ -188,3 +188,23 @@ def test_a_fresh_replica_refuses_an_older_policy(tmp_path):
         serve(Digits, model=root, tables=tables),
     ):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fails", [False, True], ids=["told", "cannot be told"])
+def test_the_directory_is_told_before_the_door_closes(served, fails):
+    open_then = []
+
+    def told():
+        open_then.append(served.replica._server is not None)
+        if fails:
+            raise ConnectionError("nobody listens")
+
+    served.replica._on_withdrawn = told
+    edit(served, f'[revoked]\nmanifests = ["{digest(served)}"]\n')
+    withdrawn(served, "revokes the model")
+    until = time.monotonic() + withdrawal.GRACE_S + 1
+    while served.replica._server is not None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert open_then == [True]
