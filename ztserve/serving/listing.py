@@ -1,7 +1,8 @@
 """Which replicas are listed: those that Serve says run, less those that have left.
 
-Serve takes its time over a replica that is not well: it looks every ten seconds, and
-again. A replica that takes no more calls says so itself, and is listed no longer.
+Serve takes its time over a replica that is not well: it looks each second, and believes
+it after three. A replica that takes no more calls says so itself, and is listed no
+longer.
 """
 
 import threading
