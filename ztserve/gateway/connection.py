@@ -7,7 +7,7 @@ answers asks for it. What a client sends beyond that waits, bounded, unread.
 import asyncio
 import logging
 import time
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ztserve.errors import CallError, Unavailable
 from ztserve.gateway import response
@@ -15,7 +15,10 @@ from ztserve.gateway.head import Malformed, read_head
 from ztserve.gateway.house import House, State
 from ztserve.gateway.inbox import Inbox
 from ztserve.gateway.outbox import MAX_WAITING, NEVER, Outbox
-from ztserve.gateway.tls import HandshakeRefused, Session
+from ztserve.transport.contexts import HandshakeRefused
+
+if TYPE_CHECKING:
+    from ztserve.gateway.tls import Session
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class Connection(asyncio.Protocol):
             self._session.receive(data)
         except HandshakeRefused as refused:
             self.out.flush()
-            self._refused(refused.args[0])
+            self._refused(refused.cause)
             self._end(linger=False)
             return
         self.out.flush()

@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 
-from ztserve.errors import IdentityError, Unavailable
 from ztserve.identity import Identity, PeerVerifier, Source
+from ztserve.transport.contexts import HandshakeRefused, Renewed, cause_of, context_of
 from ztserve.types import Peer
 
 _READ_BYTES = 64 * 1024
-_NO_IDENTITY = "the gateway has no valid identity now"
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """One coherent state: our own identity, and how others are judged by it."""
+    """How others are judged by one state of our identity, and its context."""
 
-    identity: Identity
     context: SSL.Context
     verifier: PeerVerifier
 
@@ -37,17 +34,11 @@ class Edge:
 
     def __init__(self, source: Source) -> None:
         """Raise IdentityError where `source` has no valid identity."""
-        self._source = source
-        self._state = _built(source.current())
-
-    @property
-    def trust_domain(self) -> str:
-        """The trust domain that we are of."""
-        return self._state.identity.svid.id.trust_domain
+        self._renewed = Renewed(source, _built, "the gateway has no valid identity now")
 
     def session(self) -> "Session":
         """Return the server's end of a new connection; Unavailable without identity."""
-        return Session(SSL.Connection(self._current().context, None))
+        return Session(SSL.Connection(self._renewed.current()[1].context, None))
 
     def peer(self, chain: Sequence[bytes]) -> Peer:
         """Return whom `chain` (DER, leaf first) proves at this moment.
@@ -55,42 +46,18 @@ class Edge:
         Raises Unauthenticated where it does not hold (any more), Unavailable where we
         have no valid identity of our own.
         """
-        return self._current().verifier.verify(chain)
-
-    def _current(self) -> _State:
-        try:
-            identity = self._source.current()
-        except IdentityError as error:
-            raise Unavailable(_NO_IDENTITY, f"no identity: {error}") from error
-        if identity is not self._state.identity:
-            self._state = _built(identity)
-        return self._state
+        return self._renewed.current()[1].verifier.verify(chain)
 
 
 def _built(identity: Identity) -> _State:
-    context = SSL.Context(SSL.TLS_SERVER_METHOD)
-    context.set_min_proto_version(SSL.TLS1_3_VERSION)
-    context.set_options(
-        SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
-    )
-    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    leaf, *intermediates = map(x509.load_der_x509_certificate, identity.svid.chain_der)
-    context.use_certificate(leaf)
-    for certificate in intermediates:
-        context.add_extra_chain_cert(certificate)
-    context.use_privatekey(identity.svid.key)
-    context.check_privatekey()
+    context = context_of(identity, SSL.TLS_SERVER_METHOD)
     context.set_verify(SSL.VERIFY_PEER, lambda *_: True)
     context.set_alpn_select_callback(_protocol)
-    return _State(identity, context, PeerVerifier(identity.bundles))
+    return _State(context, PeerVerifier(identity.bundles))
 
 
 def _protocol(_connection: SSL.Connection, offered: list[bytes]) -> bytes | Any:
     return b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS
-
-
-class HandshakeRefused(Exception):
-    """A handshake that failed; `args[0]` is OpenSSL's word for the cause."""
 
 
 class Session:
@@ -156,7 +123,7 @@ class Session:
         except SSL.WantReadError:
             return
         except SSL.Error as error:
-            raise HandshakeRefused(_cause(error)) from None
+            raise HandshakeRefused(cause_of(error)) from None
         self.established = True
         leaf = self._tls.get_peer_certificate(as_cryptography=True)
         if leaf is not None:
@@ -164,10 +131,3 @@ class Session:
             rest = self._tls.get_peer_cert_chain(as_cryptography=True) or []
             chain = [leaf, *(one for one in rest if one != leaf)]
             self.chain = tuple(one.public_bytes(Encoding.DER) for one in chain)
-
-
-def _cause(error: SSL.Error) -> str:
-    reasons = error.args[0] if error.args else ()
-    for reason in reasons if isinstance(reasons, list) else ():
-        return str(reason[2])[:64]
-    return "connection closed"

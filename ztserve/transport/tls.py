@@ -13,15 +13,18 @@ began with, and its peer is judged anew by whatever holds now (`Ends.judge`).
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 
-from ztserve.errors import CallError, IdentityError, Unauthenticated, Unavailable
+from ztserve.errors import CallError, Unauthenticated
 from ztserve.identity import Identity, PeerVerifier, Source
+from ztserve.transport.contexts import HandshakeRefused, Renewed, cause_of, context_of
 from ztserve.types import Peer
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 ALPN = b"h2"
 MAX_CERTIFICATES = 8
@@ -41,19 +44,10 @@ Judge = Callable[[Sequence[bytes]], Peer]
 """Who a chain (DER, leaf first) proves; raises CallError for nobody."""
 
 
-class HandshakeRefused(Exception):
-    """A handshake that failed; `cause` is for the audit, in few words."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
-
-
 @dataclass(frozen=True, slots=True)
 class _State:
-    """One coherent state: our own identity, and how others are judged by it."""
+    """How others are judged by one state of our identity, and its contexts."""
 
-    identity: Identity
     verifier: PeerVerifier
     server: SSL.Context
     client: SSL.Context
@@ -66,31 +60,30 @@ class Ends:
     """
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._state = _built(source.current())
+        self._renewed = Renewed(source, _built, "this server has no valid identity now")
 
     @property
     def identity(self) -> Identity:
         """What we are now. Raises Unavailable where that is nothing."""
-        return self._current().identity
+        return self._renewed.current()[0]
 
     def accept(self, judge: Callable[[Peer], object]) -> "Session":
         """Return the server's end of a new connection.
 
         `judge` may refuse a verified peer by raising CallError.
         """
-        state = self._current()
+        identity, state = self._renewed.current()
 
         def judged(chain: Sequence[bytes]) -> Peer:
             peer = state.verifier.verify(chain)
             judge(peer)
             return peer
 
-        return Session(SSL.Connection(state.server, None), judged, state.identity)
+        return Session(SSL.Connection(state.server, None), judged, identity)
 
     def connect(self, judge: Callable[[Peer], object]) -> "Session":
         """Return the client's end of a new connection, to whom `judge` lets it be."""
-        state = self._current()
+        identity, state = self._renewed.current()
 
         def judged(chain: Sequence[bytes]) -> Peer:
             peer = state.verifier.verify(chain)
@@ -98,7 +91,7 @@ class Ends:
             return peer
 
         tls = SSL.Connection(state.client, None)
-        return Session(tls, judged, state.identity, client=True)
+        return Session(tls, judged, identity, client=True)
 
     def judge(self, chain: Sequence[bytes]) -> Peer:
         """Return whom `chain` proves at this moment, by the bundles of this moment.
@@ -106,44 +99,19 @@ class Ends:
         Raises Unauthenticated where that does not hold (any more), Unavailable where we
         have no valid identity of our own.
         """
-        return self._current().verifier.verify(chain)
-
-    def _current(self) -> _State:
-        try:
-            identity = self._source.current()
-        except IdentityError as error:
-            raise Unavailable(
-                "this server has no valid identity now", f"no identity: {error}"
-            ) from error
-        state = self._state
-        if identity is not state.identity:
-            self._state = state = _built(identity)
-        return state
+        return self._renewed.current()[1].verifier.verify(chain)
 
 
 def _built(identity: Identity) -> _State:
-    verifier = PeerVerifier(identity.bundles)
     server = _context(identity, SSL.TLS_SERVER_METHOD)
     server.set_alpn_select_callback(_chosen)
     client = _context(identity, SSL.TLS_CLIENT_METHOD)
     client.set_alpn_protos([ALPN])
-    return _State(identity, verifier, server, client)
+    return _State(PeerVerifier(identity.bundles), server, client)
 
 
 def _context(identity: Identity, method: int) -> SSL.Context:
-    context = SSL.Context(method)
-    context.set_min_proto_version(SSL.TLS1_3_VERSION)
-    context.set_options(
-        SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION
-    )
-    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    leaf, *between = map(x509.load_der_x509_certificate, identity.svid.chain_der)
-    context.use_certificate(leaf)
-    for certificate in between:
-        context.add_extra_chain_cert(certificate)
-    context.use_privatekey(identity.svid.key)
-    context.check_privatekey()
+    context = context_of(identity, method)
     context.set_verify_depth(MAX_CERTIFICATES)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _seen)
     return context
@@ -352,8 +320,5 @@ _CAUSES = {
 
 
 def _cause(error: SSL.Error) -> str:
-    reasons = error.args[0] if error.args else ()
-    for reason in reasons if isinstance(reasons, list) else ():
-        words = str(reason[2])[:64]
-        return _CAUSES.get(words, words)
-    return "connection closed"
+    words = cause_of(error)
+    return _CAUSES.get(words, words)

@@ -8,7 +8,8 @@ from OpenSSL import SSL
 
 from tests.unit.gateway.support import CLI, GATEWAY
 from ztserve.errors import Unauthenticated
-from ztserve.gateway.tls import Edge, HandshakeRefused, Session
+from ztserve.gateway.tls import Edge, Session
+from ztserve.transport.contexts import HandshakeRefused
 
 
 def client(svid=None, **versions) -> SSL.Connection:

@@ -21,7 +21,7 @@ class Hand:
     def __init__(self, source, judge=lambda _peer: None) -> None:
         ends = tls.Ends(source)
         self._lines: list[bytes] = []
-        context = ends._state.client
+        context = ends._renewed.current()[1].client
         context.set_keylog_callback(lambda _, line: self._lines.append(line))
         self.session = ends.connect(judge)
         self._secret = b""

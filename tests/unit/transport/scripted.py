@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ztserve.identity import Source
 from ztserve.transport import messages
+from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Bounds,
     Connection,
@@ -15,7 +16,7 @@ from ztserve.transport.http2 import (
     HeadersReceived,
     StreamReset,
 )
-from ztserve.transport.tls import Ends, HandshakeRefused
+from ztserve.transport.tls import Ends
 
 Answer = Callable[[Connection, int], bytes | None]
 """Answers a request on a stream; bytes that it returns are sent as they are."""

@@ -5,11 +5,14 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ztserve.errors import CallError
+from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import Bounds, Connection, Event
-from ztserve.transport.tls import HandshakeRefused, Session
+
+if TYPE_CHECKING:
+    from ztserve.transport.tls import Session
 
 _LOG = logging.getLogger(__name__)
 

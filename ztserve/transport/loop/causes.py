@@ -2,7 +2,7 @@
 
 from ztserve.errors import CallError, IdentityError, Unavailable
 from ztserve.identity import SpiffeId
-from ztserve.transport.tls import HandshakeRefused
+from ztserve.transport.contexts import HandshakeRefused
 
 _OF_OURSELVES = (
     "(another trust domain, expired, in quarantine, or an authority that its bundle "

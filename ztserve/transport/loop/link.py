@@ -10,6 +10,7 @@ from typing import cast
 from ztserve.errors import Interrupted, Overloaded, Unavailable, ZTServeError
 from ztserve.identity import SpiffeId
 from ztserve.transport import messages
+from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Bounds,
     Code,
@@ -25,7 +26,7 @@ from ztserve.transport.http2 import (
 from ztserve.transport.loop.call import ClientCall
 from ztserve.transport.loop.carrier import NEVER, Carrier
 from ztserve.transport.loop.causes import closed, turned_away
-from ztserve.transport.tls import HandshakeRefused, Session
+from ztserve.transport.tls import Session
 from ztserve.types import Peer
 
 HANDSHAKE_S = 10.0

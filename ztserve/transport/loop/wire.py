@@ -7,6 +7,7 @@ from typing import cast
 
 from ztserve.errors import Unauthenticated, Unavailable
 from ztserve.transport import messages, status
+from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Code,
     Connection,
@@ -22,7 +23,6 @@ from ztserve.transport.loop.carrier import CLOSE_S, NEVER, Carrier
 from ztserve.transport.loop.credentials import Visitor
 from ztserve.transport.loop.exchange import Exchange
 from ztserve.transport.loop.house import House
-from ztserve.transport.tls import HandshakeRefused
 
 LINGER_S = 0.001
 """A connection that has written pieces of streams waits as long before it writes more:
