@@ -27,7 +27,7 @@ from tests.unit.transport.support import (
     until,
 )
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import Limits, messages, tls
+from ztserve.transport import Limits, heads, messages, tls
 from ztserve.transport.http2 import Bounds, Request, encode, frames
 from ztserve.transport.http2 import fields as http2_fields
 from ztserve.transport.http2.bounds import Allowance
@@ -227,7 +227,7 @@ def test_an_update_of_a_window_looks_at_just_what_may_go_on(monkeypatch, control
     server.receive(frames.settings({frames.INITIAL_WINDOW_SIZE: 0}))
     for stream in range(1, 201, 2):
         server.receive(headers(stream, block=OPEN, end=True))
-        server.headers(stream, messages.HEAD)
+        server.headers(stream, heads.HEAD)
         server.data(stream, b"answer", end=True)
     flush = Outbox._flush
     monkeypatch.setattr(
@@ -238,15 +238,15 @@ def test_an_update_of_a_window_looks_at_just_what_may_go_on(monkeypatch, control
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", [messages.MAX_VALUES, 1 << 20])
+@pytest.mark.parametrize("most", [heads.MAX_VALUES, 1 << 20])
 def test_commas_are_not_values_without_end(monkeypatch, most):
-    monkeypatch.setattr(messages, "MAX_VALUES", most)
+    monkeypatch.setattr(heads, "MAX_VALUES", most)
     request = Request(b"POST", b"https", b"", b"/a", ((b"a-bin", b"," * 15_000),))
     if most > 64:
-        assert len(messages.metadata(request.fields)) == 15_001
+        assert len(heads.metadata(request.fields)) == 15_001
     else:
         with pytest.raises(messages.Unreadable, match="over 64 values"):
-            messages.metadata(request.fields)
+            heads.metadata(request.fields)
 
 
 def streams(count: int) -> range:

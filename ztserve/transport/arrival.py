@@ -9,9 +9,9 @@ from types import MappingProxyType
 from ztserve.errors import CallError, Unauthenticated
 from ztserve.identity import JwtProof
 from ztserve.transport import callers
+from ztserve.transport.heads import Metadata
 from ztserve.transport.loop.credentials import Credentials, Visitor
 from ztserve.transport.loop.exchange import Exchange
-from ztserve.transport.messages import Metadata
 from ztserve.types import Call, Caller, Operation, Peer
 
 WITHHELD = "zt-"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ztserve.errors import CallError, InvalidInput, ZTServeError
-from ztserve.transport import callers, messages, status
+from ztserve.transport import callers, heads, status
 from ztserve.transport.admission import Admission
 from ztserve.transport.arrival import Cancelled, Reception, Refusal, new_id
 from ztserve.transport.limits import Limits
@@ -84,7 +84,7 @@ class Visit:
                 self.rpc.sending()
                 yield piece
                 self.rpc.running()
-            self._exchange.status = messages.GOOD
+            self._exchange.status = heads.GOOD
         except Exception as error:  # noqa: BLE001 - told to caller, audit or log
             self.refuse(error)
         finally:
@@ -156,7 +156,7 @@ class Visit:
         if not isinstance(error, ZTServeError):
             _LOG.error("call %s failed", call_id, exc_info=error)
         error.__traceback__ = None  # its frames would keep all that the call held
-        self._exchange.status = messages.Status(
+        self._exchange.status = heads.Status(
             status.status(error).code,
             status.sentence(error, call_id),
             status.trailers(error, call_id),

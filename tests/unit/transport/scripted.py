@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from ztserve.identity import Source
-from ztserve.transport import messages
+from ztserve.transport import heads, messages
 from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Bounds,
@@ -111,11 +111,11 @@ class Scripted:
                     yield self._answer(http2, stream_id) or b""
 
 
-def answers(*bodies: bytes, trailers: bytes = messages.OK) -> Answer:
+def answers(*bodies: bytes, trailers: bytes = heads.OK) -> Answer:
     """Answer with these messages, and then the trailers."""
 
     def answer(http2: Connection, stream_id: int) -> None:
-        http2.headers(stream_id, messages.HEAD)
+        http2.headers(stream_id, heads.HEAD)
         for body in bodies:
             http2.data(stream_id, messages.framed(body))
         http2.headers(stream_id, trailers, end=True)

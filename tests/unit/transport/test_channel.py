@@ -25,7 +25,7 @@ from tests.unit.transport.test_quarantine import shut_out
 from ztserve import errors
 from ztserve.identity import Identity, Quarantine, SpiffeId
 from ztserve.testing import ThrowAwayAuthority
-from ztserve.transport import AsyncClient, Client, Limits, messages, protocol
+from ztserve.transport import AsyncClient, Client, Limits, heads, messages, protocol
 from ztserve.transport.http2 import Bounds, Code, encode, frames
 from ztserve.transport.loop import carrier
 from ztserve.transport.loop import channel as channels
@@ -155,13 +155,13 @@ def garbage(http2, stream_id) -> bytes:
 
 
 def half(http2, stream_id) -> None:
-    http2.headers(stream_id, messages.HEAD)
+    http2.headers(stream_id, heads.HEAD)
     http2.data(stream_id, b"\0\0\0\0\x09half")
-    http2.headers(stream_id, messages.OK, end=True)
+    http2.headers(stream_id, heads.OK, end=True)
 
 
 def without_trailers(http2, stream_id) -> None:
-    http2.headers(stream_id, messages.HEAD)
+    http2.headers(stream_id, heads.HEAD)
     http2.data(stream_id, messages.framed(READY), end=True)
 
 
@@ -170,7 +170,7 @@ def compressed(http2, stream_id) -> None:
     http2.headers(stream_id, gzip_head)
     body = zlib.compress(READY, wbits=31)
     http2.data(stream_id, b"\1" + len(body).to_bytes(4, "big") + body)
-    http2.headers(stream_id, messages.OK, end=True)
+    http2.headers(stream_id, heads.OK, end=True)
 
 
 def not_grpc(http2, stream_id) -> None:
@@ -257,7 +257,7 @@ def test_an_answer_beyond_what_it_takes_ends_the_stream(authority, monkeypatch) 
     monkeypatch.setattr("ztserve.transport.protocol.MAX_MESSAGE_BYTES", 100)
 
     def endless(http2, stream_id) -> None:
-        http2.headers(stream_id, messages.HEAD)
+        http2.headers(stream_id, heads.HEAD)
         http2.data(stream_id, b"\0\x7f\xff\xff\xff" + bytes(1000))
 
     with scripted(authority, endless) as (server, client):
@@ -744,7 +744,7 @@ def test_an_address_that_cannot_be_one_is_told_at_once(authority) -> None:
 def test_a_call_that_cannot_be_sent_ends_in_an_error(authority, monkeypatch) -> None:
     with scripted(authority, answers(READY)) as (_, client):
         assert client.ready(timeout_s=float("inf"))
-        monkeypatch.setattr(messages, "request_head", None)
+        monkeypatch.setattr(heads, "request_head", None)
         with pytest.raises(errors.InferenceError, match="could not be sent"):
             client.ready()
 

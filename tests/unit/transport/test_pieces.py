@@ -2,7 +2,7 @@
 
 import pytest
 
-from ztserve.transport import messages
+from ztserve.transport import heads, messages
 from ztserve.transport.http2 import Request
 from ztserve.transport.limits import Limits
 from ztserve.transport.loop.exchange import Exchange
@@ -73,7 +73,7 @@ def call(wire):
 def test_the_first_piece_is_not_held(loop, wire, call):
     wire.piece(call, b"one")
     loop.run_posted()
-    assert wire._http2.sent == [messages.HEAD, messages.framed(b"one")]
+    assert wire._http2.sent == [heads.HEAD, messages.framed(b"one")]
     assert loop.turns == [wire._write]
 
 
@@ -108,7 +108,7 @@ def test_pieces_of_several_calls_keep_their_order(loop, wire, call):
         wire.piece(one, text)
     assert len(loop.posted) == 1
     loop.run_posted()
-    texts = [one for one in wire._http2.sent if one != messages.HEAD]
+    texts = [one for one in wire._http2.sent if one != heads.HEAD]
     assert texts == [
         messages.framed(b"a") + messages.framed(b"b"),
         messages.framed(b"x") + messages.framed(b"y"),
@@ -119,21 +119,21 @@ def test_the_end_of_a_call_takes_along_what_was_held(loop, wire, call):
     wire.piece(call, b"one")
     loop.run_posted()
     wire.piece(call, b"two")
-    call.status = messages.GOOD
+    call.status = heads.GOOD
     wire.end(call)
-    assert wire._http2.sent[2:] == [messages.framed(b"two"), messages.OK]
+    assert wire._http2.sent[2:] == [messages.framed(b"two"), heads.OK]
     loop.run_timer()
     assert not loop.timers
 
 
 def test_an_abort_after_a_piece_sends_no_second_head(wire, call):
-    call.status = messages.Status(8, "enough", ())
+    call.status = heads.Status(8, "enough", ())
     wire.piece(call, b"one")
     wire.end(call)  # before the loop has looked at the piece
     assert wire._http2.sent == [
-        messages.HEAD,
+        heads.HEAD,
         messages.framed(b"one"),
-        messages.trailers(call.status),
+        heads.trailers(call.status),
     ]
 
 

@@ -14,7 +14,7 @@ from ztserve.errors import (
     InvalidInput,
     ZTServeError,
 )
-from ztserve.transport import messages, status
+from ztserve.transport import heads, messages, status
 from ztserve.transport.http2 import Fields, Response, encode
 from ztserve.transport.loop.carrier import guarded
 from ztserve.transport.retry import Attempts
@@ -47,7 +47,7 @@ class ClientCall(ABC):
     ) -> None:
         self.path = path
         self.body = messages.body(message)
-        self.metadata = encode(messages.fields_of(metadata)) if metadata else b""
+        self.metadata = encode(heads.fields_of(metadata)) if metadata else b""
         self.server = server
         self._attempts = attempts
         self.stream_id = 0
@@ -92,7 +92,7 @@ class ClientCall(ABC):
     def head(self, head: Response | Fields, *, ended: bool) -> None:
         """Take the head of the answer, or its trailers."""
         if isinstance(head, Response):
-            refused = messages.answered(head)
+            refused = heads.answered(head)
             if refused is not None:
                 self._end(refused)
                 return
@@ -151,11 +151,11 @@ class ClientCall(ABC):
 
     def _read_end(self, trailers: Fields) -> None:
         try:
-            self._end(messages.status(trailers))
+            self._end(heads.status(trailers))
         except messages.Unreadable as error:
             self._broken(error.reason)
 
-    def _end(self, found: messages.Status) -> None:
+    def _end(self, found: heads.Status) -> None:
         if found.code == 0:
             self.finish(None)
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ztserve.errors import InvalidInput, Overloaded, ZTServeError
-from ztserve.transport import messages, status
+from ztserve.transport import heads, messages, status
 from ztserve.transport.http2 import Block, Request
 from ztserve.transport.loop.carrier import NEVER
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_UNSENT_BYTES = 256 * 1024
 """Of a stream's answer that its caller has not taken; then its thread waits."""
-_FAULT = messages.Status(status.Code.INTERNAL, "", ())
+_FAULT = heads.Status(status.Code.INTERNAL, "", ())
 """How a call ends that nobody could answer, by a fault of ours."""
 
 
@@ -38,10 +38,10 @@ class Exchange:
         """Raise messages.Unreadable where the head is not gRPC's."""
         self.stream_id = stream_id
         self._wire = wire
-        self.metadata = messages.metadata(request.fields)
+        self.metadata = heads.metadata(request.fields)
         self._most = most
-        self._body = messages.Reassembly(most, gzip=messages.is_gzip(request.fields))
-        timeout = messages.timeout_s(request.fields)
+        self._body = messages.Reassembly(most, gzip=heads.is_gzip(request.fields))
+        timeout = heads.timeout_s(request.fields)
         self.due = NEVER if timeout is None else time.monotonic() + timeout
         """The caller's deadline (`time.monotonic`)."""
         self._arrived: deque[bytes | ZTServeError | None] = deque()
@@ -195,7 +195,7 @@ class Exchange:
 
     def trailers(self) -> Block:
         """Return the end of a call that is not answered well."""
-        make = messages.trailers if self.has_head else messages.trailers_only
+        make = heads.trailers if self.has_head else heads.trailers_only
         return make(self.status)
 
     def reserve(self, size: int) -> bool:

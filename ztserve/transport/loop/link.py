@@ -9,7 +9,7 @@ from typing import cast
 
 from ztserve.errors import Interrupted, Overloaded, Unavailable, ZTServeError
 from ztserve.identity import SpiffeId
-from ztserve.transport import messages
+from ztserve.transport import heads
 from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Bounds,
@@ -99,8 +99,8 @@ class Link(Carrier):
         if not http2.can_request:
             self._queue.append(call)
             return
-        head = messages.request_head(call.path, self._address)
-        head += messages.timeout(call.left_s()) + call.metadata
+        head = heads.request_head(call.path, self._address)
+        head += heads.timeout(call.left_s()) + call.metadata
         stream_id = call.stream_id = http2.request(head)
         *first, last = call.body
         for piece in first:

@@ -6,7 +6,7 @@ from collections import deque
 from typing import cast
 
 from ztserve.errors import Unauthenticated, Unavailable
-from ztserve.transport import messages, status
+from ztserve.transport import heads, messages, status
 from ztserve.transport.contexts import HandshakeRefused
 from ztserve.transport.http2 import (
     Code,
@@ -206,10 +206,10 @@ class Wire(Carrier):
             return
         http2 = self._http2
         if http2 is not None:
-            http2.headers(call.stream_id, messages.HEAD)
+            http2.headers(call.stream_id, heads.HEAD)
             for piece in messages.body(message):
                 http2.data(call.stream_id, piece)
-            http2.headers(call.stream_id, messages.OK, end=True)
+            http2.headers(call.stream_id, heads.OK, end=True)
         self._forget(call.stream_id)
         self.flush()
 
@@ -228,9 +228,9 @@ class Wire(Carrier):
         """Send the end of a call, as its status is."""
         self._take_pieces()
         if self._http2 is not None:
-            if call.status is messages.GOOD and not call.has_head:
+            if call.status is heads.GOOD and not call.has_head:
                 call.has_head = True
-                self._http2.headers(call.stream_id, messages.HEAD)
+                self._http2.headers(call.stream_id, heads.HEAD)
             self._http2.headers(call.stream_id, call.trailers(), end=True)
         self._forget(call.stream_id)
         self.flush()
@@ -261,7 +261,7 @@ class Wire(Carrier):
             if http2 is not None:
                 if not call.has_head:
                     call.has_head = True
-                    http2.headers(call.stream_id, messages.HEAD)
+                    http2.headers(call.stream_id, heads.HEAD)
                 http2.data(call.stream_id, b"".join(map(messages.framed, several)))
                 unsent = http2.unsent(call.stream_id)
             call.sent(sum(map(len, several)), unsent)
@@ -309,9 +309,9 @@ class Wire(Carrier):
 
     def _arrive(self, stream_id: int, head: Request, *, ended: bool) -> None:
         http2 = cast("Connection", self._http2)
-        if not messages.is_grpc(head):
+        if not heads.is_grpc(head):
             self._house.refused(_NO_GRPC, self._address)
-            http2.headers(stream_id, messages.NOT_GRPC, end=True)
+            http2.headers(stream_id, heads.NOT_GRPC, end=True)
             return
         method = self._house.methods.get(head.path)
         try:
@@ -323,9 +323,9 @@ class Wire(Carrier):
         except messages.Unreadable as error:
             told_of = _NO_METHOD if method is None else _NO_GRPC
             self._house.refused(told_of, self._address)
-            accepted = (("grpc-accept-encoding", messages.ENCODINGS),)
-            told = messages.Status(error.code, error.reason, accepted)
-            http2.headers(stream_id, messages.trailers_only(told), end=True)
+            accepted = (("grpc-accept-encoding", heads.ENCODINGS),)
+            told = heads.Status(error.code, error.reason, accepted)
+            http2.headers(stream_id, heads.trailers_only(told), end=True)
             return
         self._calls[stream_id] = call
         if ended:
