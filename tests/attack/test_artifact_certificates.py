@@ -29,7 +29,7 @@ from ztserve.artifacts.publish import (
 )
 from ztserve.artifacts.publish import timestamps as issuing
 from ztserve.artifacts.publish.stamping import query
-from ztserve.artifacts.statements import der
+from ztserve.artifacts.statements import cms, der
 from ztserve.artifacts.statements import timestamps as statements
 from ztserve.artifacts.statements.envelope import parse_envelope
 from ztserve.artifacts.trust import policy
@@ -244,7 +244,7 @@ def test_a_timestamp_over_sha1_is_refused(studio, monkeypatch):
     sign_model(root, TimestampedSigner(SvidKey(studio.svid), weakly))
     release_model(root, studio.keys["deployer"], name="digits", version="1")
     refused(root, studio.trust, r"uses hash 1.3.14.3.2.26; expected SHA-256")
-    monkeypatch.setitem(statements._HASHES, "1.3.14.3.2.26", statements.hashes.SHA1)
+    monkeypatch.setitem(cms._HASHES, "1.3.14.3.2.26", cms.hashes.SHA1)
     assert accepted(root, studio.trust)
 
 
@@ -252,7 +252,7 @@ def test_a_timestamp_that_does_not_name_its_certificate_is_refused(studio, monke
     monkeypatch.setattr(issuing, "SIGNING_CERTIFICATE_V2", "1.2.3.4")
     root = studio.signed()
     refused(root, studio.trust, "signed attribute signingCertificateV2 is missing")
-    monkeypatch.setattr(statements, "SIGNING_CERTIFICATE_V2", "1.2.3.4")
+    monkeypatch.setattr(cms, "SIGNING_CERTIFICATE_V2", "1.2.3.4")
     assert accepted(root, studio.trust)
 
 

@@ -17,7 +17,7 @@ from ztserve import types
 from ztserve.artifacts.publish import LocalAuthority, load_authority, new_authority
 from ztserve.artifacts.publish import timestamps as issuing
 from ztserve.artifacts.publish.stamping import query
-from ztserve.artifacts.statements import der
+from ztserve.artifacts.statements import cms, der
 from ztserve.artifacts.statements import timestamps as statements
 from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.strict import Malformed
@@ -247,7 +247,7 @@ def test_a_timestamp_without_its_certificates_is_refused():
     with pytest.raises(Malformed, match="2 signers, exactly one is expected"):
         parse_timestamp(rebuilt(*parts[:4], two))
     other = der.read(
-        der.element(0xA0, statements.der_of(Clock().authority.certificates[0])), "x"
+        der.element(0xA0, cms.der_of(Clock().authority.certificates[0])), "x"
     )
     with pytest.raises(Malformed, match="lacks the certificate that its authority"):
         judge(rebuilt(*parts[:3], other, parts[4]))
@@ -347,7 +347,7 @@ def test_an_authority_that_cannot_be_used_is_refused(tmp_path):
         LocalAuthority(ec.generate_private_key(ec.SECP256R1()), (CLOCK.root,))
 
 
-ALGORITHM = der.sequence(der.oid(statements.SHA256))
+ALGORITHM = der.sequence(der.oid(cms.SHA256))
 IMPRINT = der.sequence(ALGORITHM, der.element(der.OCTETS, b"x" * 32))
 WANTED = der.element(der.BOOLEAN, b"\xff")
 

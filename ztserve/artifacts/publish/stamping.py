@@ -25,11 +25,11 @@ from ztserve import types
 from ztserve.artifacts.publish.keys import SigningKey
 from ztserve.artifacts.publish.timestamps import LocalAuthority
 from ztserve.artifacts.statements import der
+from ztserve.artifacts.statements.cms import SHA256
 from ztserve.artifacts.statements.envelope import IN_TOTO_TYPE
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.statements.timestamps import (
     MAX_TIMESTAMP_BYTES,
-    SHA256,
     check_timestamp,
     parse_timestamp,
     signing_certificate,

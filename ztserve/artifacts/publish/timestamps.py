@@ -21,8 +21,7 @@ from ztserve import types
 from ztserve.artifacts.publish.atomic import create
 from ztserve.artifacts.publish.entries import authority_entry
 from ztserve.artifacts.statements import der
-from ztserve.artifacts.statements.strict import Malformed
-from ztserve.artifacts.statements.timestamps import (
+from ztserve.artifacts.statements.cms import (
     CONTENT_TYPE,
     CONTEXT_0,
     ECDSA_SHA256,
@@ -34,6 +33,7 @@ from ztserve.artifacts.statements.timestamps import (
     der_of,
     digest,
 )
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import ConfigError
 from ztserve.identity.authority.certificates import (
     BACKDATED,

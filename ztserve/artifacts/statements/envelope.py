@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from ztserve.artifacts.statements.cms import parse_certificate
 from ztserve.artifacts.statements.keys import (
     PublicKey,
     key_id,
@@ -30,10 +31,7 @@ from ztserve.artifacts.statements.strict import (
     load_object,
     only,
 )
-from ztserve.artifacts.statements.timestamps import (
-    MAX_TIMESTAMP_BYTES,
-    parse_certificate,
-)
+from ztserve.artifacts.statements.timestamps import MAX_TIMESTAMP_BYTES
 from ztserve.errors import ConfigError, VerificationError
 
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"

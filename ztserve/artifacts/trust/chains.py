@@ -15,9 +15,9 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from ztserve.artifacts.statements.cms import der_of, parse_certificate
 from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.strict import Malformed
-from ztserve.artifacts.statements.timestamps import der_of, parse_certificate
 from ztserve.artifacts.trust.signers import (
     load_text,
     only,

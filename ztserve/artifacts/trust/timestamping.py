@@ -20,12 +20,12 @@ from cryptography.x509.verification import (
 )
 from cryptography.x509.verification import VerificationError as NoPath
 
+from ztserve.artifacts.statements.cms import der_of
 from ztserve.artifacts.statements.envelope import Envelope
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.artifacts.statements.timestamps import (
     Timestamp,
     check_timestamp,
-    der_of,
     parse_timestamp,
     signing_certificate,
 )
