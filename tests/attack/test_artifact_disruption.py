@@ -92,6 +92,25 @@ def test_a_policy_that_belongs_to_somebody_else_is_refused(
         assert TrustPolicy.load(workshop.policy_path)
 
 
+@CONTROL
+@pytest.mark.parametrize("rule", ["models", "min_versions"])
+def test_a_rule_for_a_name_that_no_model_has_is_refused(
+    workshop, monkeypatch, control, rule
+):
+    """One letter wrong, and what was to be required is required of nothing."""
+    root = workshop.signed()
+    tail = {
+        "models": NEEDS + 'models = ["Digits"]\n',
+        "min_versions": '[min_versions]\nDigits = "9"\n',
+    }[rule]
+    if control == "on":
+        with pytest.raises(ConfigError, match="'Digits' is no name of a model"):
+            workshop.write_policy(tail=tail)
+    else:
+        monkeypatch.setattr(requirements, "check_model_names", lambda *_: None)
+        assert verify_model(root, "digits", workshop.write_policy(tail=tail))
+
+
 class Forgetful(FollowedPolicy):
     """Takes no policy that its node cannot remember."""
 

@@ -22,13 +22,16 @@ from ztserve.artifacts.publish import (
     sign_model,
     sign_policy,
     signing,
+    stamp_with,
+    stamping,
 )
+from ztserve.artifacts.registry import address
 from ztserve.artifacts.statements.envelope import parse_envelope
 from ztserve.artifacts.statements.release import parse_release
 from ztserve.cli import main
 from ztserve.cli import publish as publishing
 from ztserve.cli import sign as signs
-from ztserve.errors import RegistryError, VerificationError
+from ztserve.errors import ConfigError, RegistryError, VerificationError
 
 CONTROL = pytest.mark.parametrize("control", ["on", "off"])
 PASSPHRASE = "four words of a passphrase"
@@ -159,6 +162,20 @@ def private_pem(key):
     return key._key.private_bytes(
         s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()
     )
+
+
+@CONTROL
+@pytest.mark.parametrize("use", ["registry", "timestamps"])
+@pytest.mark.parametrize("place", ["hunter2", "hunter2/with/slashes", "port/hunter2"])
+def test_a_password_in_an_address_is_not_repeated(monkeypatch, control, use, place):
+    """In ztserve.toml or on a command line: refused, into logs that others read."""
+    if control == "off":
+        for module in (address, stamping):
+            monkeypatch.setattr(module, "without_secrets", str)
+    text = f"https://user:{place}@host/x"
+    with pytest.raises(ConfigError) as caught:
+        stamp_with(text) if use == "timestamps" else RegistryUrl.parse(f"oci+{text}")
+    assert ("hunter2" in str(caught.value)) == (control == "off")
 
 
 # --- pushing --------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import ast
 from pathlib import Path
+from traceback import format_exception
 
 import pytest
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import ztserve.artifacts.registry as room
 from ztserve.artifacts import Access, RegistryUrl, open_registry, read_access
+from ztserve.artifacts.publish import stamp_with
 from ztserve.artifacts.registry.address import Origin
 from ztserve.errors import ConfigError
 
@@ -70,10 +72,28 @@ def test_any_text_is_an_address_or_a_config_error(text):
     )
 
 
+SECRETIVE = (
+    "https://user:hunter2@host/p",
+    "https://user:hunter2/with/slashes@host/p",  # the parser: host user, port hunter2
+    "https://user:hunter2@host:port/p",
+    "https:/user:hunter2@host/p",
+    "https://user:hunter2\u2100@host/p",
+    "https://host:nonsense/p?token=hunter2",
+    "user:hunter2@host",
+)
+
+
 def test_an_address_holds_no_password_and_no_message_repeats_one():
     with pytest.raises(ConfigError, match="credentials, which belong into") as caught:
         RegistryUrl.parse("oci+https://reader:hunter2@r.example/a")
     assert "hunter2" not in str(caught.value)
+    for address in SECRETIVE:
+        with pytest.raises(ConfigError) as caught:
+            RegistryUrl.parse(f"oci+{address}")
+        assert "hunter2" not in "".join(format_exception(caught.value))
+        with pytest.raises(ConfigError) as caught:
+            stamp_with(address)
+        assert "hunter2" not in "".join(format_exception(caught.value))
     assert "hunter2" not in repr(Access(username="reader", password="hunter2"))
 
 

@@ -58,6 +58,12 @@ def test_a_policy_names_signers_by_key_text_or_by_a_file_beside_it(policy):
         ("version = 1\nexpires = 1\n" + ONE, "expires must be of kind datetime"),
         ("version = 1\nexpires = 2001-01-01T00:00:00Z\n" + ONE, "expired at 2001"),
         ("version = \n", "not TOML"),
+        ("version = 1\nx = " + "[" * 3000, "not TOML: maximum recursion"),
+        ("version = 0x" + "F" * 5000 + "\n" + ONE, "version must be a number"),
+        (
+            "version = 1\nexpires = 9999-12-31T23:59:59-23:59\n" + ONE,
+            "expires is no time of the years 1 to 9999",
+        ),
     ],
 )
 def test_a_policy_that_is_not_understood_is_refused(policy, text, message):

@@ -17,13 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeAlias
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ztserve import types
 from ztserve.artifacts.publish.keys import SigningKey
 from ztserve.artifacts.publish.timestamps import LocalAuthority
+from ztserve.artifacts.registry.address import (
+    check_port,
+    split_url,
+    without_secrets,
+)
 from ztserve.artifacts.statements import der
 from ztserve.artifacts.statements.cms import SHA256
 from ztserve.artifacts.statements.envelope import IN_TOTO_TYPE
@@ -124,7 +129,9 @@ def stamp_with(authority: LocalAuthority | str, *, timeout_s: float = ASK_S) -> 
     if isinstance(authority, str):
         url = _timestamp_url(authority)
         return lambda message: _stamp(
-            message, lambda query: _post(url, query, timeout_s), url.geturl()
+            message,
+            lambda query: _post(url, query, timeout_s),
+            without_secrets(url.geturl()),
         )
     return lambda message: _stamp(message, authority.answer, "the local authority")
 
@@ -168,16 +175,17 @@ def check_answer(answer: bytes, message: bytes, nonce: int, *, now: datetime) ->
 
 
 def _timestamp_url(text: str) -> SplitResult:
+    shown = without_secrets(text)
     try:
-        url = urlsplit(text)
-        usable = url.scheme in {"http", "https"} and url.hostname and not url.username
-        url.port  # noqa: B018 - raises on a wrong one
+        url = split_url(text)
+        check_port(url)
     except ValueError as error:
-        raise ConfigError(f"timestamp authority {text!r}: {error}") from error
-    if not usable:
+        raise ConfigError(f"timestamp authority {shown!r}: {error}") from error
+    usable = url.scheme in {"http", "https"} and url.hostname and "@" not in url.netloc
+    if not usable or not text.isascii():
         raise ConfigError(
-            f"timestamp authority {text!r}: expected a URL as https://host/path "
-            "(http will do: its answer is signed), without user name"
+            f"timestamp authority {shown!r}: expected a URL as https://host/path "
+            "(http will do: its answer is signed), in ASCII, without user name"
         )
     return url
 
@@ -185,7 +193,7 @@ def _timestamp_url(text: str) -> SplitResult:
 def _post(url: SplitResult, query: bytes, timeout_s: float) -> bytes:
     """Return the answer's body; redirects are not followed. Raises ArtifactError."""
     host, tls = str(url.hostname), url.scheme == "https"
-    where = f"timestamp authority {url.geturl()}"
+    where = f"timestamp authority {without_secrets(url.geturl())}"
     late = threading.Event()
     try:
         raw = socket.create_connection(

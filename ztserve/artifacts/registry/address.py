@@ -59,19 +59,19 @@ class RegistryUrl:
         kind, plus, rest = text.partition("+")
         shape = "expected oci+https://HOST/PATH or mlflow+https://HOST"
         if not plus or kind not in KINDS:
-            raise ConfigError(f"registry address {_shown(text)!r}: {shape}")
+            raise ConfigError(f"registry address {without_secrets(text)!r}: {shape}")
         try:
-            parts = urlsplit(rest)
+            parts = split_url(rest)
             origin = origin_of(parts)
         except ValueError as error:
             raise ConfigError(
-                f"registry address {_shown(text)!r}: {error}; {shape}"
+                f"registry address {without_secrets(text)!r}: {error}; {shape}"
             ) from error
         path = parts.path.rstrip("/")
         if parts.query or parts.fragment or not _PATH.match(path):
             raise ConfigError(
-                f"registry address {_shown(text)!r}: a plain path is expected after "
-                "the host, without query, fragment or %"
+                f"registry address {without_secrets(text)!r}: a plain path is expected "
+                "after the host, without query, fragment or %"
             )
         return cls(kind, origin, path)
 
@@ -79,9 +79,23 @@ class RegistryUrl:
         return f"{self.kind}+{self.origin.scheme}://{self.origin.authority}{self.path}"
 
 
-def _shown(text: str) -> str:
-    """Cut what could be a password out of a text for a message."""
-    return re.sub(r"//[^/]*@", "//...@", text)[:300]
+def split_url(text: str) -> SplitResult:
+    """Split a URL; ValueError, which does not repeat it, where it is none."""
+    try:
+        return urlsplit(text)
+    except ValueError:
+        raise ValueError("is no URL") from None
+
+
+def without_secrets(address: str) -> str:
+    """Return an address for a message: no query, and nothing before the last ``@``.
+
+    A password may hold slashes, so that no parser says where it ends.
+    """
+    plain = address.partition("?")[0].partition("#")[0]
+    before, at, after = plain.rpartition("@")
+    scheme = re.match(r"[a-z+]{0,20}:", before)
+    return (f"{scheme[0] if scheme else ''}//...@{after}" if at else plain)[:300]
 
 
 def origin_of(parts: SplitResult) -> Origin:
@@ -96,7 +110,17 @@ def origin_of(parts: SplitResult) -> Origin:
     if parts.scheme not in {"http", "https"}:
         raise ValueError(f"{parts.scheme!r} is neither https nor http")
     usual = 443 if parts.scheme == "https" else 80
-    return Origin(parts.scheme, host, usual if parts.port is None else parts.port)
+    port = check_port(parts)
+    return Origin(parts.scheme, host, usual if port is None else port)
+
+
+def check_port(parts: SplitResult) -> int | None:
+    """Return the port of a URL, None where it names none; ValueError."""
+    try:
+        return parts.port
+    except ValueError:
+        # Without the parser's own words: what it takes for a port may be a password.
+        raise ValueError("names no port from 0 to 65535") from None
 
 
 def _is_loopback(host: str) -> bool:

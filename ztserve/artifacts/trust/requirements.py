@@ -17,8 +17,8 @@ version below; ``formats``: no other kind of file. The reading, and the judging:
     maximum = { toxicity = 0.01 }
 """
 
-import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -32,6 +32,7 @@ from ztserve.artifacts.statements.attestation import (
 )
 from ztserve.artifacts.trust.signers import ROLES, Role, SignedBy, only, roles_of, take
 from ztserve.errors import ConfigError, VerificationError
+from ztserve.types import ModelRef
 
 MAX_REQUIREMENTS = 32
 MAX_REASONS = 8
@@ -229,7 +230,7 @@ def _parse_requirement(
         predicate=predicate,
         roles=tuple(role for role in ROLES if role in given),
         signers=_count(entry, len(given), where),
-        models=frozenset(_texts(entry, "models", where)),
+        models=_models(entry, where),
         minimum=_bounds(entry, "minimum", where),
         maximum=_bounds(entry, "maximum", where),
     )
@@ -258,13 +259,33 @@ def _texts(entry: Mapping[str, object], key: str, where: str) -> list[str]:
     return values
 
 
+def _models(entry: Mapping[str, object], where: str) -> frozenset[str]:
+    names = _texts(entry, "models", where)
+    check_model_names(names, f"{where}: models")
+    return frozenset(names)
+
+
+def check_model_names(names: Iterable[str], where: str) -> None:
+    """Raise ConfigError on a name that no model has: a rule for it would never hold."""
+    for name in names:
+        try:
+            known = ModelRef(name).name == name
+        except ConfigError:
+            known = False
+        if not known:
+            raise ConfigError(
+                f"{where}: {name!r} is no name of a model: expected lower case "
+                "letters, digits and ._-, without a version"
+            )
+
+
 def _bounds(
     entry: Mapping[str, object], key: str, where: str
 ) -> tuple[tuple[str, float], ...]:
     table = take(entry, key, dict, where) or {}
     for name, value in table.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= sys.float_info.max:
             raise ConfigError(f"{where}: {key}.{name} must be a finite number")
     return tuple((name, float(value)) for name, value in sorted(table.items()))
 
@@ -272,6 +293,7 @@ def _bounds(
 def parse_min_versions(table: Mapping[str, object], where: str) -> dict[str, str]:
     """Parse ``[min_versions]``: model name to version; ConfigError."""
     found = take(table, "min_versions", dict, where) or {}
+    check_model_names(found, f"{where}: [min_versions]")
     for name, version in found.items():
         if not isinstance(version, str) or not _VERSION.match(version):
             raise ConfigError(

@@ -215,4 +215,9 @@ def take_time(table: Mapping[str, object], key: str, where: str) -> datetime | N
         raise ConfigError(
             f"{where}: {key} has no time zone; write it as 2027-01-01T00:00:00Z"
         )
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ConfigError(
+            f"{where}: {key} is no time of the years 1 to 9999"
+        ) from error

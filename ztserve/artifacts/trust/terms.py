@@ -86,6 +86,7 @@ _TABLES = (
     "min_versions",
     "revoked",
 )
+MAX_VERSION = 1 << 53
 POLICY_TYPE = "application/vnd.ztserve.trust-policy.v1+toml"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
@@ -123,12 +124,12 @@ class Terms:
         """
         try:
             table = tomllib.loads(raw.decode("utf-8"))
-        except ValueError as error:  # bad TOML or bad UTF-8
+        except (ValueError, RecursionError) as error:  # bad TOML or bad UTF-8
             raise ConfigError(f"{path}: not TOML: {error}") from error
         where = str(path)
         only(table, _TABLES, where)
         version = take(table, "version", int, where)
-        if version is None or version < 1:
+        if version is None or not 0 < version < MAX_VERSION:
             raise ConfigError(f"{where}: version must be a number from 1 upwards")
         entries = take(table, "signers", list, where) or []
         revoked = take(table, "revoked", dict, where) or {}
