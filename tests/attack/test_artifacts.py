@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import threading
@@ -371,17 +372,38 @@ def signed_with(workshop, name, content):
     ("name", "reason"),
     [
         ("extra.pt", r"extra.pt is a pickle \(suffix .pt\)"),
-        ("extra.safetensors", r"is a pickle \(pickle magic\).*save_file and sign"),
-        ("extra.dat", r"is a pickle \(pickle magic\)"),
+        ("extra.safetensors", r"is a pickle \(pickle .*save_file and sign"),
+        ("extra.dat", r"is a pickle \(pickle "),
     ],
 )
-def test_a_signed_pickle_is_refused_under_any_name(workshop, name, reason):
+@pytest.mark.parametrize("before", [b"", b"I0x1\n0"])  # a prologue: push 1, pop it
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_signed_pickle_is_refused_under_any_name(
+    workshop, name, reason, before, protocol
+):
     mark = workshop.path / "code-ran"
-    root = signed_with(workshop, name, pickle.dumps(Payload(mark)))
+    root = signed_with(workshop, name, before + pickle.dumps(Payload(mark), protocol))
     refused(root, workshop.trust, reason)
     assert not mark.exists()
     pickle.loads((root / name).read_bytes())
     assert mark.exists()
+
+
+@pytest.mark.slow
+def test_a_configuration_that_leads_to_another_is_refused(workshop, monkeypatch):
+    """transformers reads config.4.0.0.json where config.json says that it is newer."""
+    from transformers import PretrainedConfig
+
+    hidden = b'{"auto_map": {"AutoConfig": "evil/repository--config.Evil"}}'
+    shown = b'{"configuration_files": ["config.4.0.0.json"]}'
+    root = workshop.model(files={"config.json": shown, "config.4.0.0.json": hidden})
+    names = [p.name for p in root.iterdir()]
+    workshop.force_sign(root, {n: sha256(root / n) for n in names})
+    refused(root, workshop.trust, "config.4.0.0.json asks for code by 'auto_map'")
+    monkeypatch.setattr(content, "_CONFIGURATION", re.compile(r"config\.json\Z"))
+    model = verify_model(root, "digits", workshop.trust)
+    found, _ = PretrainedConfig.get_config_dict(str(model.directory()))
+    assert found["auto_map"] == {"AutoConfig": "evil/repository--config.Evil"}
 
 
 def test_a_torch_archive_renamed_to_safetensors_is_refused(workshop):

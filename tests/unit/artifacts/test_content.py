@@ -1,4 +1,5 @@
 import io
+import pickle
 import tarfile
 import zipfile
 
@@ -72,6 +73,54 @@ def test_first_bytes_that_cannot_be_served_are_refused(content, message):
         check_contents({"data.txt": memoryview(content)})
 
 
+class Called:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "before", [b"", b"N0", b"I0x1\n0", b"](N0a0", b"N.", b"\x80\0"]
+)
+def test_a_pickle_is_known_by_what_it_would_do(before, protocol):
+    content = before + pickle.dumps([Called()], protocol) + b"\xff rest"
+    with pytest.raises(VerificationError, match=r"data.txt is a pickle \(pickle "):
+        check_contents({"data.txt": memoryview(content)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cposix\nsystem\n(S'id'\ntR",
+        b"(cposix\nsystem\nS'id'\no",
+        b"(S'id'\niposix\nsystem\n",
+        b"cposix\nsystem\n}b",
+        b"N0" * (1 << 16),  # to tire whoever looks for the end
+    ],
+)
+def test_a_pickle_written_by_hand_is_refused(content):
+    with pytest.raises(VerificationError, match=r"is a pickle \(pickle opcodes\)"):
+        check_contents({"data.txt": memoryview(content)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"cat\ndog\nbus\nRed\n",  # an import of "at", says a pickle, and no more
+        b"isympy\nsympy\n",
+        b"(c) 2024 Somebody\nAll rights\nin this\nfile\n",
+        b"(iris setosa)\nI. setosa\nR",
+        b"I like it.\n",
+        b"0\n1\n2\n",
+        b".",
+        b"X\xff\xff\xff\x7f",
+        b"V" + b"x" * 10_000,
+    ],
+)
+def test_text_that_begins_like_a_pickle_passes(text):
+    assert check_contents({"labels.txt": memoryview(text)}) == {}
+
+
 def test_plain_data_of_any_other_kind_passes():
     files = {"vocab.txt": b"a\nb", "merges.txt": b"#version: 0.2", "empty": b""}
     assert check_contents({n: memoryview(c) for n, c in files.items()}) == {}
@@ -90,6 +139,15 @@ def test_plain_data_of_any_other_kind_passes():
 def test_a_configuration_that_would_fetch_code_is_refused(config, message):
     with pytest.raises(VerificationError, match=r"tokenizer_config.json.*" + message):
         check_contents({"tokenizer_config.json": memoryview(config)})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.4.0.0.json", "sub/Config.JSON", "config_sentence_transformers.json"],
+)
+def test_a_configuration_under_another_name_is_looked_into(name):
+    with pytest.raises(VerificationError, match="asks for code by 'auto_map'"):
+        check_contents({name: memoryview(b'{"auto_map": {}}')})
 
 
 def test_a_configuration_nested_deeply_is_searched_to_the_bottom():

@@ -4,6 +4,7 @@ A signature says who made a file, not that it is harmless: pickles, archives and
 are refused even when signed, by suffix and by their first bytes.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
@@ -13,6 +14,7 @@ from ztserve.artifacts.loading.configuration import (
     check_index,
 )
 from ztserve.artifacts.loading.header import Layout, parse_header
+from ztserve.artifacts.loading.pickles import calls_something
 from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
@@ -38,7 +40,7 @@ _KIND_OF_SUFFIX = {
     suffix: kind for kind, text in _SUFFIXES.items() for suffix in text.split()
 }
 _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
-    *((0, bytes((0x80, n)), _PICKLE, "pickle") for n in range(2, 6)),
+    *((0, bytes((0x80, n)), _PICKLE, "pickle") for n in range(6)),
     (0, b"PK\x03\x04", _PICKLE, "zip"),
     (0, b"PK\x05\x06", _ARCHIVE, "zip"),
     (0, b"\x93NUMPY", _PICKLE, "numpy"),
@@ -54,6 +56,10 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89HDF\r\n", _FOREIGN, "HDF5"),
     (0, b"GGUF", _FOREIGN, "GGUF"),
 )
+
+
+_CONFIGURATION = re.compile(r"config[^/]*\.json\Z", re.IGNORECASE)
+"""Also ``config.4.0.0.json``, which transformers reads where config.json says so."""
 
 
 def check_suffixes(names: Collection[str]) -> None:
@@ -81,7 +87,7 @@ def check_contents(
             layouts[name] = _check_weights(name, view, (sizes or {}).get(name))
         else:
             _check_magic(name, view)
-        if name.endswith("config.json"):
+        if _CONFIGURATION.search(name):
             check_config(name, view, files)
     _check_tensor_names(layouts)
     for name, view in files.items():
@@ -103,6 +109,8 @@ def _check_magic(name: str, view: memoryview) -> None:
     for offset, magic, kind, title in _MAGIC:
         if view[offset : offset + len(magic)] == magic:
             _refuse(name, kind, f"{title} magic")
+    if calls_something(view):
+        _refuse(name, _PICKLE, "pickle opcodes")
 
 
 def _refuse(name: str, kind: str, sign: str) -> None:
