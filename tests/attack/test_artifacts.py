@@ -392,8 +392,7 @@ def test_a_signed_pickle_is_refused_under_any_name(
 @pytest.mark.slow
 def test_a_configuration_that_leads_to_another_is_refused(workshop, monkeypatch):
     """transformers reads config.4.0.0.json where config.json says that it is newer."""
-    from transformers import PretrainedConfig
-
+    transformers = pytest.importorskip("transformers")
     hidden = b'{"auto_map": {"AutoConfig": "evil/repository--config.Evil"}}'
     shown = b'{"configuration_files": ["config.4.0.0.json"]}'
     root = workshop.model(files={"config.json": shown, "config.4.0.0.json": hidden})
@@ -402,7 +401,7 @@ def test_a_configuration_that_leads_to_another_is_refused(workshop, monkeypatch)
     refused(root, workshop.trust, "config.4.0.0.json asks for code by 'auto_map'")
     monkeypatch.setattr(content, "_CONFIGURATION", re.compile(r"config\.json\Z"))
     model = verify_model(root, "digits", workshop.trust)
-    found, _ = PretrainedConfig.get_config_dict(str(model.directory()))
+    found, _ = transformers.PretrainedConfig.get_config_dict(str(model.directory()))
     assert found["auto_map"] == {"AutoConfig": "evil/repository--config.Evil"}
 
 
