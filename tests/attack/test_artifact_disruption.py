@@ -22,6 +22,7 @@ from tests.unit.artifacts.workshop import Workshop
 from ztserve.artifacts import Floor, FollowedPolicy, TrustPolicy, verify_model
 from ztserve.artifacts.loading import judging
 from ztserve.artifacts.publish import attestation_statement
+from ztserve.artifacts.registry import files
 from ztserve.artifacts.statements import der, envelope, strict
 from ztserve.artifacts.statements.attestation import TEST_RESULT
 from ztserve.artifacts.trust import floor as floors
@@ -303,6 +304,21 @@ def test_an_attestation_under_an_impossible_name_is_no_reason_to_refuse(
             monkeypatch.setattr(judging, "Malformed", VerificationError)
             with pytest.raises(strict.Malformed):
                 verify_model(server.url, "digits", trust)
+
+
+@CONTROL
+@pytest.mark.slow
+def test_folders_without_files_are_counted(workshop, monkeypatch, control):
+    """They are in no manifest, and cost whoever lists them as much as files."""
+    root = workshop.signed()
+    for number in range(200):
+        (root / f"f/{number}").mkdir(parents=True)
+    if control == "on":
+        monkeypatch.setattr(files, "MAX_ENTRIES", 100)
+        with pytest.raises(VerificationError, match="more than 100 files and folders"):
+            verify_model(root, "digits", workshop.trust)
+    else:
+        assert verify_model(root, "digits", workshop.trust)
 
 
 # --- answers --------------------------------------------------------------------

@@ -36,6 +36,8 @@ def tarred(buffer):
         ("model.tar.gz", "an archive"),
         ("modeling_digits.py", "code"),
         ("kernel.so", "code"),
+        ("modeling.py.", "code"),
+        ("setup.SH ", "code"),
         ("model.onnx", "a foreign format"),
         ("model.gguf", "a foreign format"),
     ],

@@ -64,7 +64,12 @@ def test_too_many_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ztserve.artifacts.registry.files.MAX_ENTRIES", 2)
     for name in "abc":
         (tmp_path / name).touch()
-    with pytest.raises(VerificationError, match="more than 2 files"):
+    with pytest.raises(VerificationError, match="more than 2 files and folders"):
+        list_files(tmp_path)
+    for name in "abc":
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+    with pytest.raises(VerificationError, match="more than 2 files and folders"):
         list_files(tmp_path)
 
 

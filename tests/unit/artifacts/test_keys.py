@@ -91,6 +91,16 @@ def test_a_passphrase_that_is_soon_guessed_is_refused(tmp_path, passphrase):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_passphrase_that_no_key_can_have_is_refused(tmp_path):
+    for passphrase in ("x" * 1024, "\u00e9" * 512):
+        with pytest.raises(ConfigError, match=r"of 1024 bytes .* at most 1023"):
+            new_key(tmp_path / "a", name="a", roles=["trainer"], passphrase=passphrase)
+    assert list(tmp_path.iterdir()) == []
+    private = tmp_path / "b.pem"
+    new_key(private, name="b", roles=["trainer"], passphrase="x" * 1023)
+    assert load_signer(private, "x" * 1023)
+
+
 def private_file(path, content):
     path.write_bytes(content)
     path.chmod(0o600)
@@ -119,7 +129,7 @@ def test_a_passphrase_file_is_one_line(tmp_path, content, passphrase):
         (b"one\ntwo\n", "expected the passphrase as the one line"),
         (b"nul\0byte", "without control characters"),
         (b"\xff\xfe", "the passphrase is not UTF-8"),
-        (b"x" * 1025, "is larger than 1024 bytes, too large for a passphrase"),
+        (b"x" * 1026, "is larger than 1025 bytes, too large for a passphrase"),
     ],
 )
 def test_a_passphrase_file_of_anything_else_is_refused(tmp_path, content, message):

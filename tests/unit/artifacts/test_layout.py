@@ -129,3 +129,15 @@ def test_what_a_registry_answers_is_well_formed_or_refused():
     assert Resolved("digits", "", DIGEST).ref == ModelRef(f"digits@{DIGEST}")
     with pytest.raises(RegistryError, match="answers nonsense"):
         Resolved("digits:1", "", DIGEST)
+
+
+def test_what_is_remembered_is_bounded(workshop, monkeypatch):
+    monkeypatch.setattr("ztserve.artifacts.registry.layout.MAX_REMEMBERED", 1)
+    one = workshop.published("one", version="1")
+    two = workshop.published("two", version="2", fill=2.0)
+    registry = open_registry(workshop.registry)
+    for _ in range(2):
+        assert registry.resolve(one.ref) == one
+        assert registry.resolve(two.ref) == two
+        assert registry.signature(one) != registry.signature(two)
+    assert len(registry._layers) == 1

@@ -65,7 +65,8 @@ _CONFIGURATION = re.compile(r"config[^/]*\.json\Z", re.IGNORECASE)
 def check_suffixes(names: Collection[str]) -> None:
     """Raise VerificationError if a name says that its file cannot be served."""
     for name in names:
-        for suffix in PurePosixPath(name.lower()).suffixes[-1:]:
+        # Some file systems drop spaces and dots at the end.
+        for suffix in PurePosixPath(name.lower().rstrip(" .")).suffixes[-1:]:
             if suffix in _KIND_OF_SUFFIX:
                 _refuse(name, _KIND_OF_SUFFIX[suffix], f"suffix {suffix}")
 

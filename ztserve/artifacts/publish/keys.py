@@ -31,7 +31,7 @@ MIN_PASSPHRASE = 12
 """Characters: a stolen file can be tried fast (PKCS #8 as OpenSSL writes it: PBKDF2
 with 2048 rounds)."""
 _MAX_KEY_BYTES = 1 << 16
-_MAX_PASSPHRASE_BYTES = 1024
+MAX_PASSPHRASE_BYTES = 1023
 _CURVES: dict[Curve, type[ec.EllipticCurve]] = {
     "P-256": ec.SECP256R1,
     "P-384": ec.SECP384R1,
@@ -146,6 +146,11 @@ def _encryption(
             f"a passphrase of {len(passphrase)} characters is soon guessed by whoever "
             f"has the file: at least {MIN_PASSPHRASE} are expected, say four words"
         )
+    if len(passphrase.encode()) > MAX_PASSPHRASE_BYTES:
+        raise ConfigError(
+            f"a passphrase of {len(passphrase.encode())} bytes is longer than PKCS #8 "
+            f"in OpenSSL takes: at most {MAX_PASSPHRASE_BYTES}"
+        )
     return serialization.BestAvailableEncryption(passphrase.encode())
 
 
@@ -194,7 +199,7 @@ def read_passphrase(path: str | os.PathLike[str], what: str = "passphrase") -> s
     The line's end is not part of it. `what`: what messages call it. Raises ConfigError.
     """
     path = Path(path)
-    raw = _read_private(path, f"a {what}", _MAX_PASSPHRASE_BYTES)
+    raw = _read_private(path, f"a {what}", MAX_PASSPHRASE_BYTES + 2)
     try:
         text = raw.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

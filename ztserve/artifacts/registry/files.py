@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -96,7 +97,7 @@ def list_files(root: Path) -> dict[str, int]:
         with _faults(root, "."):
             descriptor = os.open(root, _FOLDER)
             try:
-                _walk(descriptor, "", root, found)
+                _walk(descriptor, "", root, found, count(1))
             finally:
                 os.close(descriptor)
     except FileNotFoundError as error:
@@ -104,25 +105,29 @@ def list_files(root: Path) -> dict[str, int]:
     return found
 
 
-def _walk(folder: int, prefix: str, root: Path, found: dict[str, int]) -> None:
+def _walk(
+    folder: int, prefix: str, root: Path, found: dict[str, int], seen: Iterator[int]
+) -> None:
     if prefix.count("/") > MAX_DEPTH:
         raise VerificationError(f"{root / prefix} lies too deep")
     with os.scandir(folder) as entries:
         for entry in entries:
+            if next(seen) > MAX_ENTRIES:
+                raise VerificationError(
+                    f"{root} has more than {MAX_ENTRIES} files and folders"
+                )
             name = prefix + entry.name
             status = entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
                 child = os.open(entry.name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
                 try:
-                    _walk(child, name + "/", root, found)
+                    _walk(child, name + "/", root, found, seen)
                 finally:
                     os.close(child)
             elif not stat.S_ISREG(status.st_mode):
                 raise VerificationError(_irregular(root, name))
             else:
                 found[name] = status.st_size
-            if len(found) > MAX_ENTRIES:
-                raise VerificationError(f"{root} has more than {MAX_ENTRIES} files")
 
 
 @contextmanager
