@@ -11,6 +11,7 @@ import resource
 import threading
 import time
 import tracemalloc
+from hashlib import sha256
 from http.client import BadStatusLine
 from urllib.request import urlopen
 
@@ -22,7 +23,7 @@ from tests.unit.artifacts.workshop import Workshop
 from ztserve.artifacts import Floor, FollowedPolicy, TrustPolicy, verify_model
 from ztserve.artifacts.loading import judging
 from ztserve.artifacts.publish import attestation_statement
-from ztserve.artifacts.registry import files
+from ztserve.artifacts.registry import files, layout
 from ztserve.artifacts.statements import der, envelope, strict
 from ztserve.artifacts.statements.attestation import TEST_RESULT
 from ztserve.artifacts.trust import floor as floors
@@ -319,6 +320,30 @@ def test_folders_without_files_are_counted(workshop, monkeypatch, control):
             verify_model(root, "digits", workshop.trust)
     else:
         assert verify_model(root, "digits", workshop.trust)
+
+
+@CONTROL
+def test_sizes_whose_sum_cannot_be_written_are_refused(workshop, monkeypatch, control):
+    """Two of 4,300 digits: what adds them up could not say that they are too many."""
+    workshop.published()
+    if control == "off":
+        monkeypatch.setattr(layout, "MAX_BLOB_BYTES", 10**4300)
+    index = json.loads((workshop.registry / "index.json").read_bytes())
+    (entry,) = index["manifests"]
+    blobs = workshop.registry / "blobs/sha256"
+    image = json.loads((blobs / entry["digest"][7:]).read_bytes())
+    for layer in image["layers"][:2]:
+        layer["size"] = 9 * 10**4299
+    raw = json.dumps(image).encode()
+    entry["digest"], entry["size"] = f"sha256:{sha256(raw).hexdigest()}", len(raw)
+    (blobs / entry["digest"][7:]).write_bytes(raw)
+    (workshop.registry / "index.json").write_text(json.dumps(index))
+    if control == "on":
+        with pytest.raises(RegistryError, match=r"descriptor .* is not usable"):
+            verify_model(workshop.registry, "digits", workshop.trust)
+    else:
+        with pytest.raises(ValueError, match="Exceeds the limit"):
+            verify_model(workshop.registry, "digits", workshop.trust)
 
 
 # --- answers --------------------------------------------------------------------

@@ -42,6 +42,7 @@ LAYOUT_FILE = "oci-layout"
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 4 << 20
 MAX_MODELS = 10_000
+MAX_BLOB_BYTES = 1 << 50
 MAX_REMEMBERED = 64
 """Models whose files are remembered between `resolve` and the other verbs."""
 IMAGE_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -256,6 +257,6 @@ def _annotations(node: Object) -> Object:
 def parse_blob(node: Object) -> Blob:
     """Read a descriptor; raises Malformed."""
     digest, size = get(node, "digest", str), get(node, "size", int)
-    if not _DIGEST.match(digest) or size < 0:
+    if not _DIGEST.match(digest) or not 0 <= size <= MAX_BLOB_BYTES:
         raise Malformed(f"the descriptor {digest!r} of {size} bytes is not usable")
     return Blob(digest, size)

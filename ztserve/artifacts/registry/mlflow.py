@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from ztserve.artifacts.registry.address import Access, RegistryUrl
 from ztserve.artifacts.registry.http import HttpReader, MissingError, RejectedError
+from ztserve.artifacts.registry.layout import MAX_BLOB_BYTES
 from ztserve.artifacts.registry.protocol import Resolved
 from ztserve.artifacts.registry.ranges import RangeReader
 from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES, parse_envelope
@@ -254,7 +255,7 @@ def _entry(node: Object) -> tuple[str, int | None]:
     if get(node, "is_dir", bool):
         return name, None
     size = get(node, "file_size", int) if "file_size" in node else 0
-    if size < 0:
+    if not 0 <= size <= MAX_BLOB_BYTES:
         raise Malformed(f"{name!r} has {size} bytes")
     return name, size
 
