@@ -91,3 +91,22 @@ def test_a_replica_s_actor_is_named_after_its_app_and_deployment():
         assert ray_private.replica_place(other) is None
     for hostile in ("SERVE_REPLICA::", "SERVE_REPLICA::a#b#c#d"):
         assert ray_private.replica_place(Actor(hostile, "serve")) is None
+
+
+def test_a_replica_knows_how_many_there_may_be(monkeypatch):
+    from types import SimpleNamespace
+
+    from ray import serve
+    from ray.serve._private.config import DeploymentConfig
+    from ray.serve.config import AutoscalingConfig
+
+    from ztserve.serving import ray_private
+
+    def most(**options):
+        made = SimpleNamespace(_deployment_config=DeploymentConfig(**options))
+        monkeypatch.setattr(serve, "get_replica_context", lambda: made)
+        return ray_private.most_replicas()
+
+    assert most(num_replicas=1) == 1
+    assert most(num_replicas=3) == 3
+    assert most(autoscaling_config=AutoscalingConfig(max_replicas=5)) == 5

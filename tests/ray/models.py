@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.digits import Digits
-from ztserve import TensorSpec, TextSpec, ZTDeployment
+from ztserve import ModelRef, TensorSpec, TextSpec, ZTDeployment
 
 LONGEST_S = 60.0
 
@@ -47,3 +47,25 @@ class Listener(ZTDeployment):
 
     def predict(self, said: str):
         return np.array([len(said)], dtype=np.int64)
+
+
+class Heavy(ZTDeployment):
+    """Has weights that are worth sharing; sets the first one and says what it was."""
+
+    model = ModelRef("heavy:1")
+    inputs = (TensorSpec("value", "FP32", (-1,)),)
+    outputs = (
+        TensorSpec("pid", "INT64", (-1,)),
+        TensorSpec("before", "FP32", (-1,)),
+    )
+
+    def load(self, model):
+        self.weights = dict(model.tensors())["w"]
+
+    def predict(self, value):
+        before = float(self.weights[0])
+        self.weights[0] = float(value[0])
+        return {
+            "pid": np.array([os.getpid()], dtype=np.int64),
+            "before": np.array([before], dtype=np.float32),
+        }

@@ -8,7 +8,10 @@ the offline half: `ztserve.artifacts.publish`, which nothing that serves imports
 
 from ztserve.artifacts.loading.judging import Check, judge
 from ztserve.artifacts.loading.loader import verify_model
+from ztserve.artifacts.loading.memory import Memory
 from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.loading.shared.borrowing import SharedMemory
+from ztserve.artifacts.loading.shared.broker import Broker
 from ztserve.artifacts.registry.address import Access, RegistryUrl, read_access
 from ztserve.artifacts.registry.protocol import (
     Reader,
@@ -24,15 +27,18 @@ from ztserve.artifacts.trust.signers import Role, SignedBy, Signer
 
 __all__ = [
     "Access",
+    "Broker",
     "Check",
     "Floor",
     "FollowedPolicy",
+    "Memory",
     "Reader",
     "Registry",
     "RegistryUrl",
     "Release",
     "Resolved",
     "Role",
+    "SharedMemory",
     "SignedBy",
     "Signer",
     "TrustPolicy",

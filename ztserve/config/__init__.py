@@ -25,6 +25,7 @@ from ztserve.config.rooms import (
     record_refusal,
 )
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries
+from ztserve.config.weights import shared_memory, weights_broker
 
 __all__ = [
     "DEVELOPMENT_DOMAIN",
@@ -54,4 +55,6 @@ __all__ = [
     "ray_auth_mode",
     "record_refusal",
     "registry_door",
+    "shared_memory",
+    "weights_broker",
 ]

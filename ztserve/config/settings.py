@@ -82,6 +82,10 @@ class ArtifactSettings:
     """An older trust policy is refused, also on a node that has seen none."""
     wait_s: Seconds = 60.0
     """Longest wait for a registry that is away."""
+    share_memory: bool = True
+    """Whether the replicas of a node map one copy of large weights."""
+    max_shared_bytes: Bytes = 64 * 1024**3
+    """Most memory of all copies of a node; what does not fit, replicas read alone."""
 
     @property
     def folder(self) -> Path:
@@ -211,6 +215,11 @@ class Settings:
         """The identity of the registry door."""
         named = self.artifacts.registry_id
         return SpiffeId.parse(named) if named else self.spiffe_id("registry", "ztserve")
+
+    @property
+    def broker_id(self) -> SpiffeId:
+        """The identity of the weights broker."""
+        return self.spiffe_id("weights", "ztserve")
 
     @property
     def gateway_id(self) -> SpiffeId:

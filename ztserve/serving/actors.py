@@ -1,4 +1,4 @@
-"""The two actors of a node: the identity agent and the directory door."""
+"""The actors of a node: the identity agent, the directory door, the weights broker."""
 
 import asyncio
 import hashlib
@@ -20,11 +20,11 @@ from ztserve.serving.listing import Endpoints, Listing, Place
 from ztserve.types import Call
 
 NAMESPACE = "ztserve"
-"""Where both actors are named, in Ray."""
+"""Where they are named, in Ray."""
 
 
 def actor_name(kind: str, settings: Settings, node: str) -> str:
-    """Return how Ray knows an actor of this project: its kind is agent or directory."""
+    """Return how Ray knows an actor: its kind is agent, directory or weights."""
     project = hashlib.sha256(str(settings.state).encode()).hexdigest()[:12]
     return f"ztserve-{kind}-{project}-{node}"
 
@@ -49,7 +49,7 @@ class AgentActor:
                 trust_domain=settings.identity.trust_domain,
                 worker_namespaces=(settings.identity.namespace,),
                 worker_parent=os.getppid(),
-                worker_ids=(settings.directory_id,),
+                worker_ids=(settings.directory_id, settings.broker_id),
                 local_ids=(
                     settings.gateway_id,
                     settings.developer_id,
@@ -131,6 +131,7 @@ def _actor_table(settings: Settings) -> ActorTable:
         namespace=NAMESPACE,
         named={
             settings.directory_id: actor_name("directory", settings, here),
+            settings.broker_id: actor_name("weights", settings, here),
             _agent_id(settings): actor_name("agent", settings, here),
         },
     )
@@ -144,6 +145,28 @@ def _own_ids(settings: Settings, *ids: identity.SpiffeId) -> Iterator[str]:
 
 def _agent_id(settings: Settings) -> identity.SpiffeId:
     return settings.spiffe_id("agent", "ztserve")
+
+
+class BrokerActor:
+    """The weights broker: hashes each large model once for all replicas of its node.
+
+    It runs none of the user's code.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        identity.harden_process()
+        source = config.obtain_identity(settings, settings.broker_id)
+        self._broker = config.weights_broker(
+            settings,
+            source,
+            config.open_log(settings, "weights", str(os.getpid()), source),
+            config.open_quarantine(settings),
+        )
+        self._broker.start()
+
+    def is_up(self) -> bool:
+        """Answer once the broker listens."""
+        return True
 
 
 class DirectoryActor:

@@ -1,9 +1,9 @@
-"""What runs once a node or cluster, beside the replicas: the agent and the directory.
+"""What runs once a node or cluster, beside the replicas: agent, directory, broker.
 
-Both are detached, named Ray actors that the first replica gets or creates: Ray owns
-them, they outlive replicas and applications, and they end with the cluster (or with
-``ztserve agent stop``). Where SPIFFE_ENDPOINT_SOCKET is set, that agent is used and
-none is created.
+They are detached, named Ray actors that the first replica gets or creates, the weights
+broker only where several replicas have a large model: Ray owns them, they outlive
+replicas and applications, and they end with the cluster (or with ``ztserve agent
+stop``). Where SPIFFE_ENDPOINT_SOCKET is set, that agent is used and none is created.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,15 @@ from ztserve.serving import ray_private
 from ztserve.serving.actors import (
     NAMESPACE,
     AgentActor,
+    BrokerActor,
     DirectoryActor,
     actor_name,
 )
 from ztserve.serving.listing import Endpoints
 
 START_S = 60.0
+BROKER_START_S = 20.0
+"""Replicas can do without the broker, so they wait less for it."""
 
 
 @dataclass
@@ -99,6 +102,12 @@ def ensure_agent(settings: Settings) -> None:
         _ask(agent.is_up.remote(), "the identity agent")
 
 
+def start_broker(settings: Settings) -> None:
+    """Start the weights broker of this node, unless it runs; IdentityError."""
+    broker = _get_or_create(BrokerActor, "weights", settings)
+    _ask(broker.is_up.remote(), "the weights broker", BROKER_START_S)
+
+
 def directory_listing(
     settings: Settings,
 ) -> dict[str, Endpoints]:
@@ -110,8 +119,8 @@ def directory_listing(
 
 
 def end(settings: Settings) -> None:
-    """End the directory and the agent of this project, with the cluster they are on."""
-    for kind in ("directory", "agent"):
+    """End broker, directory and agent of this project, with the cluster they are on."""
+    for kind in ("weights", "directory", "agent"):
         for actor in _running(settings, kind):
             ray.kill(actor, no_restart=True)
 
@@ -126,9 +135,9 @@ def _running(settings: Settings, kind: str) -> list[Any]:
     ]
 
 
-def _ask(answer: Any, who: str) -> Any:
+def _ask(answer: Any, who: str, timeout_s: float = START_S) -> Any:
     try:
-        return ray.get(answer, timeout=START_S)
+        return ray.get(answer, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
         # Not chained: of a traceback in a traceback, Ray shows the inmost error first.
         raise IdentityError(f"{who} could not start: {error.cause}") from None

@@ -30,6 +30,7 @@ __all__ = [
     "follow",
     "is_serve_request",
     "is_token_auth_enabled",
+    "most_replicas",
     "replica_options",
     "replica_place",
 ]
@@ -69,6 +70,13 @@ def replica_options() -> tuple[int, float]:
     """Return this replica's max_ongoing_requests and graceful_shutdown_timeout_s."""
     config = ray.serve.get_replica_context()._deployment_config  # noqa: SLF001
     return config.max_ongoing_requests, config.graceful_shutdown_timeout_s
+
+
+def most_replicas() -> int:
+    """Return how many replicas this one's deployment may have at once."""
+    config = ray.serve.get_replica_context()._deployment_config  # noqa: SLF001
+    scaling = config.autoscaling_config
+    return int(scaling.max_replicas if scaling else config.num_replicas or 1)
 
 
 def controller_is_up() -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ztserve import transport
-from ztserve.artifacts import VerifiedModel
+from ztserve.artifacts import Memory, VerifiedModel
 from ztserve.config import (
     Settings,
     limits,
@@ -18,6 +18,7 @@ from ztserve.config import (
     open_quarantine,
     open_tokens,
     record_refusal,
+    shared_memory,
 )
 from ztserve.errors import (
     CallError,
@@ -62,6 +63,7 @@ class Replica:
         pin: given the resolved digest of a part, returns the one that this deploy uses.
         on_withdrawn: called when the replica takes no more calls for good, before the
             running ones have ended.
+        summon: starts the node's weights broker; None: the weights are not shared.
 
     """
 
@@ -74,12 +76,14 @@ class Replica:
         name: str,
         pin: Pin = lambda _part, digest: digest,
         on_withdrawn: Callable[[], None] = lambda: None,
+        summon: Callable[[], None] | None = None,
     ) -> None:
         self.deployment = deployment
         self.plan = plan
         self.source = source
         self._pin = pin
         self._on_withdrawn = on_withdrawn
+        self._summon = summon
         self._log = open_log(plan.settings, deployment.service, name, source)
         self.quarantine = open_quarantine(plan.settings)
         self.tokens = open_tokens(plan.settings, source)
@@ -121,7 +125,12 @@ class Replica:
         Raises VerificationError at once; waits, bounded, for a registry that is away.
         """
         weights = Weights(
-            self.plan.settings, self._log, self._pin, self.source, self.quarantine
+            self.plan.settings,
+            self._log,
+            self._pin,
+            self.source,
+            self.quarantine,
+            self._memory(),
         )
         models = weights.verified(self.plan.models)
         instance = self._loaded(models, args, kwargs)
@@ -203,6 +212,13 @@ class Replica:
                 server.stop(grace_s)
 
     # --- start-up -----------------------------------------------------------------
+
+    def _memory(self) -> Memory | None:
+        if self._summon is None:
+            return None
+        return shared_memory(
+            self.plan.settings, self.source, self._log, self.quarantine, self._summon
+        )
 
     def _loaded(
         self,

@@ -12,6 +12,7 @@ import logging
 import os
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray import serve
@@ -138,6 +139,11 @@ class StartupRefused(ConfigError):
     """A replica refused to start; its message says why and what to do."""
 
 
+def _shares(plan: Plan) -> bool:
+    """Tell whether to share weights: a broker for one replica is a process too many."""
+    return plan.settings.artifacts.share_memory and ray_private.most_replicas() > 1
+
+
 def _start(
     cls: type["ZTDeployment"], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Replica, node.Membership]:
@@ -175,6 +181,7 @@ def _start(
             f"{plan.deploy}/{cls.service}/{part}", digest
         ),
         on_withdrawn=member.leave,
+        summon=partial(node.start_broker, plan.settings) if _shares(plan) else None,
     )
     replica.start(
         tuple(compose(value) for value in args),

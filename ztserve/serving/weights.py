@@ -8,6 +8,7 @@ from typing import TypeVar
 from ztserve import config
 from ztserve.artifacts import (
     FollowedPolicy,
+    Memory,
     Registry,
     TrustPolicy,
     VerifiedModel,
@@ -50,7 +51,8 @@ class Weights:
     """Gets the models of one replica, and audits what came of it.
 
     Waits for a registry that is away, `wait_s` for all of them together; what does not
-    verify is refused at once.
+    verify is refused at once. `memory` is where the weights come to lie; None: in this
+    process's own.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Weights:
         pin: Pin,
         source: Source | None = None,
         quarantine: Quarantine | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._all = settings
         self._settings = settings.artifacts
@@ -67,6 +70,7 @@ class Weights:
         self._pin = pin
         self._source = source
         self._quarantine = quarantine
+        self._memory = memory
         self.followed: FollowedPolicy | None = None
         """The trust policy; None before there was a model to judge."""
         self.held: dict[str, Held] = {}
@@ -107,7 +111,9 @@ class Weights:
     ) -> VerifiedModel:
         resolved = self._patiently(lambda: registry.resolve(ref))
         pinned = ref.pinned(self._pin(part, resolved.digest))
-        model = self._patiently(lambda: verify_model(registry, pinned, trust))
+        model = self._patiently(
+            lambda: verify_model(registry, pinned, trust, memory=self._memory)
+        )
         self.held[part] = Held(pinned, model)
         self._log.event(
             "model-verified",

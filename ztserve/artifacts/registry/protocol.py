@@ -106,18 +106,24 @@ def open_registry(
     # Here, not above: these implement the protocol and import it from this module.
     from ztserve.artifacts.registry.address import Access, RegistryUrl
     from ztserve.artifacts.registry.directory import DirectoryRegistry
-    from ztserve.artifacts.registry.distribution import DistributionRegistry
     from ztserve.artifacts.registry.layout import LAYOUT_FILE, LayoutRegistry
-    from ztserve.artifacts.registry.mlflow import MlflowRegistry
 
     if isinstance(source, str) and "://" in source:
         source = RegistryUrl.parse(source)
     if isinstance(source, RegistryUrl):
-        kind = DistributionRegistry if source.kind == "oci" else MlflowRegistry
-        return kind(source, access or Access())
+        return _open_server(source, access or Access())
     root = Path(source).absolute()
     try:
         is_layout = (root / LAYOUT_FILE).is_file()
     except OSError as error:
         raise RegistryError(f"{root} cannot be read: {error.strerror}") from error
     return LayoutRegistry(root) if is_layout else DirectoryRegistry(root)
+
+
+def _open_server(source: "RegistryUrl", access: "Access") -> Registry:
+    # Imported for servers alone: that takes longer than to borrow a local model.
+    from ztserve.artifacts.registry.distribution import DistributionRegistry
+    from ztserve.artifacts.registry.mlflow import MlflowRegistry
+
+    kind = DistributionRegistry if source.kind == "oci" else MlflowRegistry
+    return kind(source, access)

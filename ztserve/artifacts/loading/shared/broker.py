@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from ztserve.artifacts.loading.buffers import physical_memory
 from ztserve.artifacts.loading.memory import Memory
 from ztserve.artifacts.loading.shared import statement, wire
 from ztserve.artifacts.loading.shared.memory import SealedMemory
@@ -61,8 +62,8 @@ class Broker:
         path: in a directory that other users cannot enter; what is there is replaced.
         source: the broker's own identity.
         load: verifies a model into the memory that it is given.
-        max_bytes: most bytes of all models together. What nobody holds makes room;
-            for what does not fit, replicas are refused.
+        max_bytes: most bytes of all models, and of the machine at most. What nobody
+            holds makes room; for what does not fit, replicas are refused.
         grace_s: how long what nobody holds is kept.
         on_event: told what was read, handed out, refused and given back.
 
@@ -81,7 +82,7 @@ class Broker:
         self._path = path
         self._source = source
         self._load = load
-        self._max_bytes = max_bytes
+        self._max_bytes = min(max_bytes, physical_memory())
         self._grace_s = grace_s
         self._on_event = on_event
         self._models: dict[str, _Shared] = {}
