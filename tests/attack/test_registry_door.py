@@ -1,6 +1,7 @@
 """Attacks on the registry door, and by one: refused, and at work without a control."""
 
 import hashlib
+import random
 import socket
 import threading
 import time
@@ -37,6 +38,7 @@ from ztserve.doors import (
 from ztserve.doors import registry as door_room
 from ztserve.doors.v1 import registry_pb2 as pb
 from ztserve.errors import (
+    ArtifactError,
     CallError,
     Denied,
     InferenceError,
@@ -44,6 +46,7 @@ from ztserve.errors import (
     NotFound,
     Overloaded,
     RegistryError,
+    Unavailable,
     VerificationError,
     ZTServeError,
 )
@@ -372,6 +375,45 @@ def test_there_is_no_way_to_write_through_the_door(two, path):
     assert verbs == [wire.SERVICE + verb for verb in wire.VERBS]
 
 
+def bent_bytes(rng, raw):
+    """Return a message with a few of its bytes changed, cut off or added."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        match rng.randrange(4):
+            case 0 | 1 if raw:
+                raw[rng.randrange(len(raw))] = rng.randrange(256)
+            case 2:
+                del raw[rng.randrange(len(raw) + 1) :]
+            case _:
+                raw += rng.randbytes(rng.randint(1, 9))
+    return bytes(raw)
+
+
+class Raw:
+    """Bytes that pass for a message."""
+
+    def __init__(self, raw):
+        self._raw = raw
+
+    def SerializeToString(self):
+        return self._raw
+
+
+def test_messages_of_any_bytes_find_no_fault_in_the_door(two):
+    workshop, door = two
+    rng = random.Random(5)
+    good = {v: about(workshop, v, "digits").SerializeToString() for v in wire.VERBS}
+    outcomes = set()
+    with asking(door) as ask:
+        for _ in range(200):
+            verb, like = rng.choice(wire.VERBS), rng.choice(wire.VERBS)
+            try:
+                ask(verb, Raw(bent_bytes(rng, good[like])))
+            except CallError as error:  # a fault would be an InferenceError
+                outcomes.add(type(error))
+    assert {InvalidInput} <= outcomes <= {InvalidInput, NotFound, Unavailable}
+
+
 # --- a hostile door -------------------------------------------------------------------
 
 
@@ -524,6 +566,20 @@ def test_an_answer_that_is_nonsense_is_refused(tmp_path, verb, answer, message):
     raw = answer if isinstance(answer, bytes) else answer.SerializeToString()
     with bent(tmp_path, verb, lambda _: raw) as (workshop, registry):
         refused(registry, workshop, message)
+
+
+@pytest.mark.parametrize("verb", wire.VERBS)
+def test_answers_of_any_bytes_find_no_fault_in_a_replica(tmp_path, verb):
+    rng = random.Random(verb)
+    with bent(tmp_path, verb, lambda honest: bent_bytes(rng, honest())) as (_, door):
+        for _ in range(40):
+            # What it raises otherwise is a fault of ours.
+            with suppress(ArtifactError):
+                found = door.resolve(ModelRef("digits"))
+                door.signature(found), door.release(found), door.attestations(found)
+                with door.open(found, next(iter(door.files(found)), "")) as reader:
+                    if 0 < reader.size <= 1 << 20:
+                        reader.read_into(memoryview(bytearray(reader.size)), 0)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from tests.unit.artifacts.real import free_port
 from ztserve import audit, config
-from ztserve.doors import DoorRegistry
+from ztserve.doors import DoorAddress, DoorRegistry
+from ztserve.identity import SpiffeId
+from ztserve.identity.svid import pem
+from ztserve.testing import ThrowAwayAuthority
+from ztserve.types import ModelRef
 
 
 def through(project, address):
@@ -18,14 +23,12 @@ def through(project, address):
     path.write_text(path.read_text().replace(".ztserve/registry", address))
 
 
-@pytest.fixture
-def door(project, published, agent):
-    """``ztserve registry serve`` as a process, and its lines."""
-    address = f"ztserve://127.0.0.1:{free_port()}"
-    through(project, address)
+@contextmanager
+def serving(*words):
+    """Run ``ztserve registry serve`` as a process; yields it, and its lines."""
     command = [sys.executable, "-m", "ztserve.cli", "registry", "serve"]
     running = subprocess.Popen(
-        [*command, "--from", ".ztserve/registry"],
+        [*command, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -35,10 +38,18 @@ def door(project, published, agent):
         while not lines or "Ctrl-C" not in lines[-1]:
             lines.append(running.stdout.readline())
             assert lines[-1], running.stderr.read()
-        yield running, address, lines
+        yield running, lines
     finally:
         running.kill()
         running.communicate()
+
+
+@pytest.fixture
+def door(project, published, agent):
+    address = f"ztserve://127.0.0.1:{free_port()}"
+    through(project, address)
+    with serving("--from", ".ztserve/registry") as (running, lines):
+        yield running, address, lines
 
 
 @pytest.mark.slow
@@ -63,6 +74,34 @@ def test_serve_ends_by_sigterm(door):
     running, _, _ = door
     running.send_signal(signal.SIGTERM)
     assert running.wait(10) == 0
+
+
+@pytest.mark.slow
+def test_in_production_a_door_has_its_svid_from_the_node(project, published):
+    authority = ThrowAwayAuthority("td.example")
+    path = project / config.FILE
+    path.write_text(
+        path.read_text()
+        .replace('profile = "development"', 'profile = "production"')
+        .replace("dev.ztserve.internal", "td.example")
+        .replace("# trust_root", "trust_root")
+        .replace("[identity]", '[identity]\nsvid_folder = "svid"\nwait_s = 5')
+    )
+    who = SpiffeId.parse("spiffe://td.example/ns/ztserve/sa/registry")
+    svid = authority.issue(who)
+    (project / "svid").mkdir(mode=0o700)
+    for name, content in {
+        "credential-bundle.private-key.pem": svid.key_pem() + svid.chain_pem(),
+        "td.example.spiffe-trust-bundle.pem": pem(authority.bundle),
+    }.items():
+        (project / "svid" / name).touch(0o600)
+        (project / "svid" / name).write_bytes(content)
+    listen = f"127.0.0.1:{free_port()}"
+    with serving("--listen", listen) as (_, lines):
+        assert lines[0] == f"ztserve://{listen} as {who}\n"
+        source = authority.source("spiffe://td.example/ns/ml-inference/sa/double")
+        with DoorRegistry(DoorAddress(listen), source=source, door_id=who) as registry:
+            assert registry.resolve(ModelRef("double")).version == "1"
 
 
 @pytest.mark.slow
