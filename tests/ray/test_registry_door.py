@@ -28,6 +28,7 @@ def test_replicas_load_through_the_door_from_where_they_know_no_path_to(
     shutil.move(shell.project / ".ztserve/registry", vault)
     # Before there is an agent, for whom it waits.
     door = shell.start(*ZTSERVE, "registry", "serve", "--from", str(vault))
+    door.says("^waiting for an agent to make us .*: `ztserve run`")
     begun = shell.start(*ZTSERVE, "run", "examples.digits:app")
     begun.says("^not checked before Ray starts: whether digits@production can be had")
     begun.says("^serving; Ctrl-C stops it")

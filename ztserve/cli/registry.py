@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ztserve.doors import DoorAddress
 from ztserve.errors import ConfigError
 
 GRACE_S = 5.0
+SILENT_S = 1.0
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def _serve(chosen: argparse.Namespace) -> int:
     settings = config.load()
     host, port = config.door_listener(settings, chosen.listen)
     registry = _behind(settings, chosen)
-    source = config.obtain_identity(settings, settings.registry_id)
+    source = _identity(settings)
     with (
         source,
         config.open_quarantine(settings) as quarantine,
@@ -97,6 +99,22 @@ def _serve(chosen: argparse.Namespace) -> int:
         stop.wait()
         server.stop(GRACE_S)
     return 0
+
+
+def _identity(settings: config.Settings) -> identity.LiveSource:
+    """Get the door its identity; say so where it has to be waited for."""
+    waiting = threading.Timer(
+        SILENT_S,
+        print,
+        [f"waiting for an agent to make us {settings.registry_id}: `ztserve run`"],
+        {"file": sys.stderr, "flush": True},
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        return config.obtain_identity(settings, settings.registry_id)
+    finally:
+        waiting.cancel()
 
 
 def _behind(settings: config.Settings, chosen: argparse.Namespace) -> Registry:
