@@ -519,13 +519,14 @@ def test_another_count_of_bytes_than_was_asked_for_is_refused(
             "the registry answers nonsense",
         ),
         ("Signature", b"\xff", "not a valid Statement"),
-        ("Attestations", b"\xff", "not a valid AttestationList"),
+        ("Attestations", b"\xff", "a list with the tag 255"),
+        ("Attestations", b"\x0a\xff", "not a valid AttestationList"),
         (
             "Attestations",
             pb.AttestationList(
                 attestations=[pb.Attestation(name=f"a{n}") for n in range(33)]
             ),
-            "33 attestations of",
+            r"attestations of .*: a list of more than 32 entries",
         ),
         (
             "Attestations",
@@ -547,7 +548,7 @@ def test_another_count_of_bytes_than_was_asked_for_is_refused(
         (
             "Files",
             pb.FileList(files=[pb.File(name=str(n)) for n in range(10_001)]),
-            "10001 files of",
+            r"files of .*: a list of more than 10000 entries",
         ),
         ("Files", pb.FileList(files=[pb.File(name="a")] * 2), "two files of"),
         (
@@ -598,6 +599,27 @@ def test_an_answer_beyond_its_bounds_is_cut_off(tmp_path, monkeypatch, verb, siz
         with pytest.raises(ZTServeError) as caught:  # it came whole
             verify_model(registry, "digits", workshop.trust)
         assert "larger than" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["Files", "Attestations"])
+def test_a_list_of_millions_of_nothings_takes_no_memory(tmp_path, monkeypatch, verb):
+    raw = b"\x0a\x00" * (1 << 20)
+    kind = {"Files": pb.FileList, "Attestations": pb.AttestationList}[verb]
+    parsed = []
+
+    def parse(one, message):
+        parsed.append(one)
+        return real(one, message)
+
+    real = wire.parse
+    with bent(tmp_path, verb, lambda _: raw) as (workshop, registry):
+        monkeypatch.setattr(wire, "parse", parse)
+        refused(registry, workshop, "a list of more than")
+        assert kind not in parsed
+        monkeypatch.setattr(wire, "check_count", lambda *_: None)
+        message = "with one name|cannot be the name"
+        refused(registry, workshop, message, within_s=30)
+        assert kind in parsed
 
 
 def test_messages_without_end_are_cut_off(tmp_path, impatient):

@@ -128,12 +128,8 @@ class DoorRegistry:
         """Return its attestations by name; RegistryError where they are too many."""
         most = wire.MAX_STATEMENT_BYTES
         message = self._ask("Attestations", model.name, _request(model), most)
+        self._check_count(message, MAX_ATTESTATIONS, f"attestations of {model.ref}")
         sent = self._parse(pb.AttestationList, message).attestations
-        if len(sent) > MAX_ATTESTATIONS:
-            raise self._nonsense(
-                f"{len(sent)} attestations of {model.ref}; the limit is "
-                f"{MAX_ATTESTATIONS}"
-            )
         found = {one.name: one.bundle for one in sent}
         try:
             for name in found:
@@ -152,11 +148,8 @@ class DoorRegistry:
         """List the model's files as the door does, name to size."""
         most = wire.MAX_LIST_BYTES
         message = self._ask("Files", model.name, _request(model), most)
+        self._check_count(message, MAX_FILES, f"files of {model.ref}")
         sent = self._parse(pb.FileList, message).files
-        if len(sent) > MAX_FILES:
-            raise self._nonsense(
-                f"{len(sent)} files of {model.ref}; the limit is {MAX_FILES}"
-            )
         found = {one.name: one.size for one in sent}
         if len(found) != len(sent):
             raise self._nonsense(f"two files of {model.ref} with one name")
@@ -240,6 +233,12 @@ class DoorRegistry:
                 if late or not isinstance(error, again):
                     raise RegistryError(f"{self._address}: {error}") from error
                 time.sleep(PAUSE_S)
+
+    def _check_count(self, message: bytes, most: int, what: str) -> None:
+        try:
+            wire.check_count(message, most)
+        except InvalidInput as error:
+            raise self._nonsense(f"{what}: {error}") from None
 
     def _parse(self, kind: type[M], message: bytes) -> M:
         try:

@@ -25,6 +25,7 @@ MAX_STATEMENT_BYTES = 16 << 20
 """Of a signature, or of all attestations of a model together."""
 MAX_OVERHEAD_BYTES = 64 << 10
 """Of an answer, beside what it carries."""
+_ENTRY_TAG = 1 << 3 | 2
 _CONTENT_TAG = pb.Content.DATA_FIELD_NUMBER << 3 | 2
 
 M = TypeVar("M", bound=Message)
@@ -70,6 +71,28 @@ def parse(kind: type[M], message: bytes | memoryview) -> M:
         raise InvalidInput(
             f"the message is not a valid {kind.__name__} of ztserve.v1.Registry"
         ) from None
+
+
+def check_count(message: bytes, most: int) -> None:
+    """Raise InvalidInput where a list has more than `most` entries.
+
+    It is asked before the message is parsed, which would make an object of 48 bytes
+    of each two. A list is a message of one repeated field, numbered 1.
+    """
+    at = count = 0
+    while at < len(message):
+        count += 1
+        if count > most:
+            raise InvalidInput(f"a list of more than {most} entries")
+        if message[at] != _ENTRY_TAG:
+            raise InvalidInput(f"a list with the tag {message[at]}")
+        size = shift = 0
+        for byte in message[at + 1 : at + 6]:
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        at += 1 + shift // 7 + size
 
 
 def content_head(size: int) -> bytes:

@@ -146,6 +146,17 @@ def test_content_is_what_protobuf_would_make_of_it(size):
         wire.content(message + b"!", size)
 
 
+def test_a_list_is_counted_as_protobuf_counts_it():
+    files = [pb.File(name="a" * n, size=n << 20) for n in (1, 100, 200, 20_000)]
+    raw = pb.FileList(files=files).SerializeToString()
+    wire.check_count(raw, 4)
+    with pytest.raises(InvalidInput, match="a list of more than 3 entries"):
+        wire.check_count(raw, 3)
+    with pytest.raises(InvalidInput, match="a list with the tag 18"):
+        wire.check_count(b"\x12\x00", 3)
+    wire.check_count(b"", 0)
+
+
 @pytest.mark.slow
 def test_a_newer_model_is_found_at_once(both):
     workshop, door = both
