@@ -4,6 +4,7 @@ import fcntl
 import gc
 import mmap
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from ztserve.artifacts.loading.shared.memory import (
 )
 from ztserve.artifacts.statements.serialization import WHOLE_FILES
 from ztserve.errors import (
+    AuditError,
     IdentityError,
     RegistryError,
     Unauthenticated,
@@ -391,6 +393,68 @@ def test_a_socket_that_was_left_behind_is_replaced(workshop, node):
     assert node.told("weights-borrowed")
 
 
+def test_what_cannot_be_audited_is_not_handed_out(workshop, node, caplog):
+    workshop.published()
+    made = node.broker()
+
+    def on_event(kind, fields):
+        raise AuditError("the disk is full")
+
+    made._on_event = on_event
+    assert node.verify()
+    assert "closed the connection" in reason(node)
+    node.wait_for(lambda: list(made.holders.values()) == [0])
+    node.wait_for(lambda: "weights-refused" in caplog.text)
+    made._on_event = node.tell
+    node.verify()
+    assert node.told("weights-borrowed")
+
+
+def test_a_broker_that_is_out_of_descriptors_turns_not_deaf(workshop, node, caplog):
+    workshop.published()
+    made = node.broker()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name.name) for name in Path("/proc/self/fd").iterdir())
+    with socket.socket(socket.AF_UNIX) as waiting:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
+        held = []
+        with suppress(OSError):  # until there is none left
+            while True:
+                held.append(os.dup(waiting.fileno()))
+        waiting.connect(str(node.path))
+        time.sleep(0.3)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    assert "takes nobody on now" in caplog.text
+    assert made._threads[0].is_alive()
+    node.verify()
+    assert node.told("weights-borrowed")
+
+
+def test_a_broker_does_not_take_the_next_ones_socket_away(workshop, node):
+    workshop.published()
+    old = node.broker()
+    node.broker()
+    old.stop()
+    node.verify()
+    assert node.told("weights-borrowed")
+
+
+def test_a_model_beyond_the_replicas_own_limit_is_not_borrowed(workshop, node):
+    workshop.published()
+    node.broker()
+    with pytest.raises(RegistryError, match="more than the limit of 10"):
+        verify_model(
+            workshop.registry,
+            "digits:1",
+            workshop.trust,
+            memory=node.memory(),
+            max_bytes=10,
+        )
+    assert node.reads == 0
+
+
 # --- the memory ----------------------------------------------------------------
 
 
@@ -493,6 +557,13 @@ def test_a_reader_that_keeps_the_memory_keeps_it_unshared(sealed):
     with pytest.raises(RegistryError, match="in use still"):
         sealed.fill(files)
     assert sealed.descriptor == -1
+
+
+def test_memory_for_weights_cannot_be_executed(sealed):
+    sealed.fill(wanted({"a": b"1"}))
+    assert os.fstat(sealed.descriptor).st_mode & 0o111 == 0
+    with pytest.raises(PermissionError):
+        os.fchmod(sealed.descriptor, 0o700)
 
 
 def test_what_is_not_read_whole_is_not_kept(sealed):

@@ -86,8 +86,9 @@ class SharedMemory:
         Raises VerificationError where the broker, or who poses as it, answers wrongly;
         and as `buffers.read_all` where we read for ourselves.
         """
-        if sum(wanted.sizes.values()) < self._min_bytes:
-            return PrivateMemory().fill(wanted)
+        total, most = sum(wanted.sizes.values()), wanted.max_bytes
+        if total < self._min_bytes or (most is not None and total > most):
+            return PrivateMemory().fill(wanted)  # which refuses what is too large
         try:
             return self._borrowed(wanted)
         except NotShared as error:

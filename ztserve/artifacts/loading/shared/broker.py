@@ -7,6 +7,7 @@ holds is given back after a while. It judges a model's statements before it read
 weights, so that it reads none that nobody signed; each replica judges them for itself.
 """
 
+import logging
 import socket
 import threading
 import time
@@ -26,6 +27,8 @@ from ztserve.errors import IdentityError, RegistryError, ZTServeError
 from ztserve.identity import Source
 from ztserve.types import ModelRef
 
+_LOG = logging.getLogger(__name__)
+
 GRACE_S = 30.0
 """How long a model is kept that no replica holds: for the next, as in an update."""
 REQUEST_S = 5.0
@@ -33,6 +36,7 @@ REQUEST_S = 5.0
 WAIT_S = 1.0
 """How often a replica is told that its model is being read."""
 MAX_CONNECTIONS = 256
+_RETRY_S = 0.1
 _MIB = 1 << 20
 
 Load: TypeAlias = Callable[[ModelRef, Memory], object]
@@ -65,7 +69,8 @@ class Broker:
         max_bytes: most bytes of all models, and of the machine at most. What nobody
             holds makes room; for what does not fit, replicas are refused.
         grace_s: how long what nobody holds is kept.
-        on_event: told what was read, handed out, refused and given back.
+        on_event: told what was read, handed out, refused and given back; where it
+            raises a ZTServeError, nothing is handed out.
 
     """
 
@@ -90,6 +95,7 @@ class Broker:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
+        self._inode = 0
         self._threads = [
             threading.Thread(target=run, name="ztserve-weights", daemon=True)
             for run in (self._accept, self._tidy)
@@ -100,6 +106,7 @@ class Broker:
         self._path.unlink(missing_ok=True)
         self._listener.bind(str(self._path))
         self._path.chmod(0o600)
+        self._inode = self._path.stat().st_ino
         self._listener.listen(MAX_CONNECTIONS)
         for thread in self._threads:
             thread.start()
@@ -115,7 +122,9 @@ class Broker:
         for thread in self._threads:
             thread.join()
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:  # not the next broker's
+                self._path.unlink()
         with self._lock:
             for connection in self._connections:
                 with suppress(OSError):  # it has ended by itself
@@ -135,16 +144,17 @@ class Broker:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                if self._closed.is_set():
+            except OSError as error:
+                if self._closed.wait(_RETRY_S):
                     return
-                raise
+                _LOG.error("the weights broker takes nobody on now: %s", error)
+                continue  # out of descriptors, say: a broker must not turn deaf
             with self._lock:
                 full = len(self._connections) >= MAX_CONNECTIONS
                 if not full:
                     self._connections.add(connection)
             if full:
-                self._tell("weights-refused", reason=f"over {MAX_CONNECTIONS} replicas")
+                self._note("weights-refused", reason=f"over {MAX_CONNECTIONS} replicas")
                 connection.close()
             else:
                 threading.Thread(
@@ -156,7 +166,7 @@ class Broker:
             with connection:
                 self._answer(connection)
         except (OSError, Malformed, ZTServeError) as error:
-            self._tell("weights-refused", reason=str(error))
+            self._note("weights-refused", reason=str(error))
         finally:
             with self._lock:
                 self._connections.discard(connection)
@@ -178,8 +188,11 @@ class Broker:
             if shared.refusal:
                 wire.send(connection, {"refused": shared.refusal})
                 return
+            # First: what cannot be written down is not handed out.
+            self._on_event(
+                "weights-shared", {"model": str(request.ref), "process": pid}
+            )
             self._hand_over(connection, request, shared.memory)
-            self._tell("weights-shared", model=str(request.ref), process=pid)
             connection.settimeout(None)
             connection.recv(1)  # until the replica lets go
         finally:
@@ -236,9 +249,9 @@ class Broker:
                     self._models.pop(str(ref.digest), None)
             shared.ready.set()
         if refusal:
-            self._tell("weights-refused", model=str(ref), reason=refusal)
+            self._note("weights-refused", model=str(ref), reason=refusal)
             return
-        self._tell(
+        self._note(
             "weights-read",
             model=str(ref),
             bytes=shared.bytes,
@@ -286,7 +299,7 @@ class Broker:
             for digest in freed:
                 self._free(digest)
         for digest in freed:
-            self._tell("weights-freed", digest=digest)
+            self._note("weights-freed", digest=digest)
 
     def _unheld(self) -> list[str]:
         """Return what may be given back, the longest unheld first; lock held."""
@@ -301,5 +314,9 @@ class Broker:
         """Give back what nobody holds; lock held."""
         self._models.pop(digest).memory.close()
 
-    def _tell(self, kind: str, **fields: object) -> None:
-        self._on_event(kind, fields)
+    def _note(self, kind: str, **fields: object) -> None:
+        """Tell what gives nothing away; where that fails, the process's log has it."""
+        try:
+            self._on_event(kind, fields)
+        except ZTServeError as error:
+            _LOG.error("%s %s could not be told: %s", kind, fields, error)

@@ -6,6 +6,7 @@ was filled and hashed: F_SEAL_FUTURE_WRITE is on before the first byte, and the 
 grants F_SEAL_WRITE only once that mapping is gone. No process can take a seal off.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -17,8 +18,11 @@ from ztserve.artifacts.loading.buffers import Buffer, read_all
 from ztserve.artifacts.loading.memory import Wanted
 from ztserve.errors import RegistryError, VerificationError
 
+_NAME = "ztserve-weights"
 _FUTURE_WRITE = 0x10
 """F_SEAL_FUTURE_WRITE (Linux 5.1), which `fcntl` has no name for."""
+_NOEXEC = 0x8
+"""MFD_NOEXEC_SEAL (Linux 6.3): never to be executed; some kernels insist on it."""
 _FIXED = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 SEALS = _FIXED | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 """What shared memory must have: no other size, no other bytes, no seal more."""
@@ -143,10 +147,14 @@ def _cut(
 
 
 def _create(size: int) -> int:
+    usual = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        descriptor = os.memfd_create(
-            "ztserve-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        )
+        try:
+            descriptor = os.memfd_create(_NAME, usual | _NOEXEC)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            descriptor = os.memfd_create(_NAME, usual)  # an older kernel
     except OSError as error:
         raise RegistryError(f"no memory to share: {error.strerror}") from error
     try:
