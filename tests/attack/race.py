@@ -23,6 +23,7 @@ from tests.attack import race_writer
 from tests.attack.race_writer import FILES
 from tests.unit.artifacts.workshop import Workshop
 from ztserve.artifacts import TrustPolicy, verify_model
+from ztserve.artifacts.loading.shared.memory import SealedMemory
 from ztserve.artifacts.publish import release_model, sign_model
 from ztserve.artifacts.statements.serialization import Serialization
 from ztserve.errors import ArtifactError
@@ -54,21 +55,33 @@ def prepare(workshop: Workshop, serialization: Serialization) -> Path:
     return root
 
 
-def race(root: Path, trust: TrustPolicy, turns: int) -> Race:
-    """Load the model until the writer has had its turns, and once in peace."""
+def race(root: Path, trust: TrustPolicy, turns: int, *, sealed: bool = False) -> Race:
+    """Load the model until the writer has had its turns, and once in peace.
+
+    With `sealed`, into the memory that a broker shares.
+    """
     result = Race(turns)
     good = (root / FILES[1]).read_bytes()
     with _writer(root, turns) as writer:
         while writer.poll() is None:
-            _load(root, trust, good, result)
+            memory = SealedMemory(lambda _: None) if sealed else None
+            _load(root, trust, good, result, memory)
+            if memory is not None:
+                memory.close()
         if writer.returncode:
             raise RuntimeError(f"the writer ended with code {writer.returncode}")
     return result
 
 
-def _load(root: Path, trust: TrustPolicy, good: bytes, result: Race) -> None:
+def _load(
+    root: Path,
+    trust: TrustPolicy,
+    good: bytes,
+    result: Race,
+    memory: SealedMemory | None,
+) -> None:
     try:
-        model = verify_model(root, "digits", trust)
+        model = verify_model(root, "digits", trust, memory=memory)
     except ArtifactError as error:
         reason = re.sub(r"\d+", "N", str(error).replace(str(root), ""))
         result.refused[reason.strip(": ").split(":")[0]] += 1

@@ -20,16 +20,17 @@ def workshop(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sealed", [False, True], ids=["private", "sealed"])
 @pytest.mark.parametrize("shard_size", [None, SHARD], ids=["files", "shards"])
 @pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
 def test_a_racing_process_gets_no_wrong_byte_accepted(
-    workshop, monkeypatch, shard_size, checked
+    workshop, monkeypatch, shard_size, checked, sealed
 ):
     root = prepare(workshop, Serialization("sha256", shard_size))
     if not checked:
         monkeypatch.setattr(loader, "check_digests", lambda *_: None)
     for _ in range(10):  # that a wrong one gets in is likely, but a matter of chance
-        result = race(root, workshop.trust, TURNS)
+        result = race(root, workshop.trust, TURNS, sealed=sealed)
         if checked or result.wrong:
             break
     assert result.refused  # the writer did get in the way

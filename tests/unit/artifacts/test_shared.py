@@ -296,6 +296,19 @@ def test_a_model_that_is_revoked_while_it_is_held_is_refused(workshop, node):
     assert held
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broker_with_a_fault_of_its_own_refuses(workshop, node):
+    workshop.published()
+
+    def load(ref, memory):
+        raise RuntimeError("a fault")
+
+    made = node.broker(load=load)
+    assert node.verify()
+    assert "it refuses: the broker failed; its log says how" in reason(node)
+    assert made.holders == {}
+
+
 def test_a_refusal_is_not_kept(workshop, node):
     workshop.published()
     faults = iter(["the disk is away"])

@@ -47,15 +47,17 @@ Told: TypeAlias = Callable[[str, dict[str, object]], object]
 
 @dataclass(slots=True)
 class _Shared:
-    """One model; all but `ready` is guarded by the broker's lock."""
+    """One model. Its reader alone writes `refusal` and `memory`, until it is ready."""
 
     memory: SealedMemory
     bytes: int = 0
     """What it takes, or will take, of the broker's limit."""
     holders: int = 0
+    """With `free_at` and `bytes` guarded by the broker's lock."""
     free_at: float = 0.0
     """When to give it back, where nobody holds it (monotonic)."""
-    refusal: str = ""
+    refusal: str = "the broker failed; its log says how"
+    """Why there is none; empty once there is."""
     ready: threading.Event = field(default_factory=threading.Event)
 
 
@@ -235,28 +237,23 @@ class Broker:
 
     def _read(self, ref: ModelRef, shared: _Shared) -> None:
         began = time.monotonic()
-        refusal = "the broker failed; its log says how"
         try:
             self._load(ref, shared.memory)
+            shared.refusal = ""
+            self._note(
+                "weights-read",
+                model=str(ref),
+                bytes=shared.bytes,
+                seconds=round(time.monotonic() - began, 3),
+            )
         except ZTServeError as error:
-            refusal = str(error)
-        else:
-            refusal = ""
+            shared.refusal = str(error)
+            self._note("weights-refused", model=str(ref), reason=str(error))
         finally:
-            with self._lock:
-                shared.refusal = refusal
-                if refusal:  # the next who asks has it tried again
+            if shared.refusal:  # the next who asks has it tried again
+                with self._lock:
                     self._models.pop(str(ref.digest), None)
             shared.ready.set()
-        if refusal:
-            self._note("weights-refused", model=str(ref), reason=refusal)
-            return
-        self._note(
-            "weights-read",
-            model=str(ref),
-            bytes=shared.bytes,
-            seconds=round(time.monotonic() - began, 3),
-        )
 
     def _reserve(self, digest: str, size: int) -> None:
         """Set `size` bytes apart; RegistryError where they do not fit the limit."""
