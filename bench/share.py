@@ -7,7 +7,8 @@ fresh process that imports, then loads, then sums a byte of every page; the seco
 loads while the first still holds the weights. Figures are medians, with the least and
 the most. Memory is PSS (a page that n processes map counts 1/n in each; from
 /proc/PID/smaps_rollup) that loading added to broker and replicas together, as a part of
-the model: with one replica in the rows `own` and `first`, with both in `second`.
+the model: with one replica in the rows `own` and `first`, with both in `second`. CPU is
+what the replica itself took, of user and system time: a busy machine adds to it least.
 
 ============  ====================================================================
 own           `verify_model` into private memory, which nobody shares
@@ -125,7 +126,7 @@ def replicate(arm: str, place: Path, folder: Path) -> None:
         place / "weights.sock", BROKER, source(place, "replica"), min_bytes=0
     )
     before = pss_kib()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     trust = TrustPolicy.load(folder / "trust.toml")
     model = verify_model(
         folder / "model", "m:1", trust, memory=None if arm == "own" else memory
@@ -133,8 +134,15 @@ def replicate(arm: str, place: Path, folder: Path) -> None:
     loaded = time.perf_counter() - began
     tensors = [tensor for _, tensor in model.tensors()]
     touched = sum(int(one[:: load.PAGE].sum()) for one in tensors)
-    seconds = time.perf_counter() - began
-    say(s=seconds, loaded=loaded, before=before, kib=pss_kib(), touched=touched)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    say(
+        s=seconds,
+        cpu=cpu,
+        loaded=loaded,
+        before=before,
+        kib=pss_kib(),
+        touched=touched,
+    )
     answer_until_told()
 
 
@@ -216,6 +224,7 @@ def turn(place: Path, folder: Path, mib: int) -> dict[tuple[str, str], float]:
     for arm in ARMS:
         found[arm, "seconds"] = told[arm]["s"]
         found[arm, "without touching"] = told[arm]["loaded"]
+        found[arm, "cpu"] = told[arm]["cpu"]
         found[arm, "memory"] = memory[arm] / (mib << 10)
     return found
 
@@ -276,11 +285,20 @@ def show(rows: Sequence[report.Row], mib: int) -> None:
                     figure(arm, "seconds") + goal,
                     "..".join(span),
                     figure(arm, "without touching"),
+                    figure(arm, "cpu"),
                     figure(arm, "memory"),
                 )
             )
-        table.append((case, "broker start", figure("broker", "start"), "", "", ""))
-    columns = ("case", "arm", "s", "min..max", "without touching", "memory, all")
+        table.append((case, "broker start", figure("broker", "start"), "", "", "", ""))
+    columns = (
+        "case",
+        "arm",
+        "s",
+        "min..max",
+        "without touching",
+        "CPU s",
+        "memory, all",
+    )
     report.show(f"{mib} MiB of weights", columns, table)
 
 
