@@ -40,6 +40,11 @@ def node(workshop, tmp_path):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(borrowing, "PROOF_S", 0.0)
+
+
 @pytest.fixture
 def without(monkeypatch):
     """Take controls out: `without(statement, "check_nonce")`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from tests.unit.artifacts.brokers import BROKER_ID
+from tests.unit.artifacts.brokers import BROKER_ID, DOMAIN
 from ztserve.artifacts import open_registry, verify_model
 from ztserve.artifacts.loading.memory import Wanted
 from ztserve.artifacts.loading.shared import borrowing, broker, wire
@@ -35,6 +35,7 @@ from ztserve.errors import (
     Unauthenticated,
     VerificationError,
 )
+from ztserve.testing import ThrowAwayAuthority
 from ztserve.types import ModelRef
 
 PAGE = mmap.PAGESIZE
@@ -227,6 +228,28 @@ def test_a_broker_that_ends_leaves_its_replicas_their_weights(workshop, node):
     made.stop()
     assert bias(model).tolist() == [5.0] * 4
     assert not node.path.exists()
+
+
+@pytest.mark.slow
+def test_a_change_of_authority_is_waited_for(workshop, node):
+    """The replica knows the new one at once, the broker's SVID follows."""
+    workshop.published()
+    old = ThrowAwayAuthority(DOMAIN).source(BROKER_ID)
+
+    class Follows:
+        def __init__(self):
+            self.looks = 0
+
+        def current(self):
+            self.looks += 1
+            source = old if self.looks < 3 else node.authority.source(BROKER_ID)
+            return source.current()
+
+    following = Follows()
+    node.broker(source=following)
+    assert node.verify()
+    assert following.looks == 3
+    assert node.told("weights-borrowed")
 
 
 # --- a broker that gives nothing ------------------------------------------------------

@@ -21,7 +21,7 @@ from ztserve.artifacts.loading.shared.memory import (
     layout,
     map_private,
 )
-from ztserve.artifacts.loading.shared.statement import Request, Statement
+from ztserve.artifacts.loading.shared.statement import Request, Statement, Unproven
 from ztserve.artifacts.statements.strict import Malformed, Object, get
 from ztserve.errors import (
     ArtifactError,
@@ -37,6 +37,9 @@ MIN_BYTES = 64 << 20
 """Smaller models are not shared: to hash them takes less than to ask."""
 SILENCE_S = 10.0
 """Longest wait for a broker to say anything."""
+PROOF_S = 5.0
+"""How long a broker may prove nobody: authorities change at both ends, not at once."""
+_RETRY_S = 0.25
 LEAST_S = 60.0
 LEAST_BYTES_PER_S = 16 << 20
 """A broker is given `LEAST_S`, and the time that its model takes at this rate."""
@@ -90,7 +93,7 @@ class SharedMemory:
         if total < self._min_bytes or (most is not None and total > most):
             return PrivateMemory().fill(wanted)  # which refuses what is too large
         try:
-            return self._borrowed(wanted)
+            return self._proven(wanted)
         except NotShared as error:
             self._on_event(
                 "weights-not-shared", {"model": str(wanted.ref), "reason": str(error)}
@@ -101,6 +104,16 @@ class SharedMemory:
                 "it; look for what listens there"
             ) from error
         return PrivateMemory().fill(wanted)
+
+    def _proven(self, wanted: Wanted) -> Mapping[str, Buffer]:
+        until = time.monotonic() + PROOF_S
+        while True:
+            try:
+                return self._borrowed(wanted)
+            except Unproven:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(_RETRY_S)
 
     def _borrowed(self, wanted: Wanted) -> Mapping[str, Buffer]:
         request = Request.new(wanted.ref)

@@ -48,6 +48,10 @@ _PSS = padding.PSS(
 )
 
 
+class Unproven(VerificationError):
+    """The chain proves nobody to the bundles that we have now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a replica asks a broker for."""
@@ -136,7 +140,7 @@ def verify(
     3. The chain's key signed the statement.
     4. It answers this request's nonce, on this node, for this model.
 
-    Raises VerificationError, Malformed, and what `check_peer` raises.
+    Raises VerificationError (1. Unproven), Malformed, and what `check_peer` raises.
     """
     only(message, ("payload", "signature", "chain"), "the answer")
     payload, signature = (
@@ -147,7 +151,7 @@ def verify(
     try:
         peer = verify_peer(chain, identity.bundles, now=types.now())
     except Unauthenticated as error:
-        raise VerificationError(error.reason) from error
+        raise Unproven(error.reason) from error
     check_signer(peer, broker_id)
     check_peer(peer)
     check_signature(chain[0], payload, signature)
