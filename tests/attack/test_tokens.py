@@ -1,13 +1,14 @@
 """Who may place a library, or a public key, where a token's owner signs."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.unit.artifacts.softhsm import nobody, soft_hsm
 from ztserve.artifacts.publish import TokenKey, TokenUri, tokens
 from ztserve.artifacts.statements.envelope import check_signature, parse_envelope
-from ztserve.errors import ConfigError, VerificationError
+from ztserve.errors import ArtifactError, ConfigError, VerificationError
 
 pytestmark = pytest.mark.slow
 TEXT = "text/plain"
@@ -26,24 +27,53 @@ def signs(key):
     return True
 
 
-@pytest.mark.parametrize("which", ["the file", "its folder"])
+@pytest.mark.parametrize("place", ["lib/x.so", "lib", "."])
 @pytest.mark.parametrize("checked", [True, False], ids=["refused", "without the check"])
 def test_a_module_that_others_may_write_is_not_loaded(
-    hsm, tmp_path, monkeypatch, checked, which
+    hsm, tmp_path, monkeypatch, checked, place
 ):
-    """Its code would run where the PIN is typed."""
-    folder = tmp_path / "lib"
-    folder.mkdir(0o755)
-    module = folder / f"{which.split()[1]}-{checked}.so"
+    """Its code would run where the PIN is typed. Also by a link to it."""
+    (tmp_path / "lib").mkdir(0o755)
+    module = tmp_path / "lib/x.so"
     shutil.copy(hsm.module, module)
-    (module if which == "the file" else folder).chmod(0o777)
-    uri = TokenUri.parse(hsm.uri("trainer").replace(str(hsm.module), str(module)))
+    (tmp_path / "link.so").symlink_to(module)
+    (tmp_path / place).chmod(0o777)
+    for path in (module, tmp_path / "link.so"):
+        uri = TokenUri.parse(hsm.uri("trainer").replace(str(hsm.module), str(path)))
+        if checked:
+            with pytest.raises(ConfigError, match="whoever can write it runs code"):
+                TokenKey(uri, nobody)
+        else:
+            monkeypatch.setattr(tokens, "check_module", Path.resolve)
+            assert signs(TokenKey(uri, nobody))
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["refused", "without the check"])
+def test_a_link_that_is_bent_later_leads_nowhere_else(
+    hsm, tmp_path, monkeypatch, checked
+):
+    """The link's folder is anybody's: what was looked at is what is loaded."""
+    folder = tmp_path / "anybodys"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    module, link = tmp_path / f"x{checked}.so", folder / "link.so"
+    shutil.copy(hsm.module, module)
+    link.symlink_to(module)
+    look = tokens.check_module
+
+    def bent_after(path):
+        there = look(path)
+        link.unlink()
+        link.symlink_to(tmp_path / "evil.so")
+        return there if checked else path
+
+    monkeypatch.setattr(tokens, "check_module", bent_after)
+    uri = TokenUri.parse(hsm.uri("trainer").replace(str(hsm.module), str(link)))
     if checked:
-        with pytest.raises(ConfigError, match="whoever can write it runs code where"):
-            TokenKey(uri, nobody)
-    else:
-        monkeypatch.setattr(tokens, "check_module", lambda module: None)
         assert signs(TokenKey(uri, nobody))
+    else:
+        with pytest.raises(ArtifactError, match=r"link.so: cannot open shared object"):
+            TokenKey(uri, nobody)
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["refused", "without the check"])

@@ -11,7 +11,7 @@ from typing import Any
 from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.serving.cluster import attached, deploy, replicas
-from ztserve.serving.running import claimed
+from ztserve.serving.running import check_free
 from ztserve.serving.weights import check_published
 from ztserve.types import ModelRef
 
@@ -33,8 +33,7 @@ def run(chosen: argparse.Namespace) -> int:
     """
     settings = config.load()
     if chosen.address is None:
-        with claimed(settings):  # who serves it already refuses us before all else
-            pass
+        check_free(settings)  # before all else that could be wrong
     # Then: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
     config.check_identity_files(settings)

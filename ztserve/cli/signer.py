@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 def key_name(text: str) -> Path | str:
     """Return the path of a key's file, or the URI of a key in a token as it is."""
-    return text if text.startswith(publish.TOKEN_SCHEME) else Path(text)
+    return text if text.lower().startswith(publish.TOKEN_SCHEME) else Path(text)
 
 
 def passphrase_file(parser: argparse.ArgumentParser) -> None:

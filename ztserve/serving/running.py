@@ -27,18 +27,34 @@ def claimed(settings: Settings) -> Iterator[Callable[[str], None]]:
         settings.state / _FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600
     )
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"the project of {settings.state} is being served already: see it with "
-                "`ztserve status`, end it with Ctrl-C where it runs, or serve this "
-                "beside it from a folder of its own"
-            ) from None
+        _lock(file, fcntl.LOCK_EX, settings)
         os.ftruncate(file, 0)
         yield lambda address: _write(file, address)
     finally:
         os.close(file)
+
+
+def check_free(settings: Settings) -> None:
+    """Raise ConfigError where another process has this project; changes nothing."""
+    try:
+        file = os.open(settings.state / _FILE, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        _lock(file, fcntl.LOCK_SH, settings)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, kind: int, settings: Settings) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"the project of {settings.state} is being served already: see it with "
+            "`ztserve status`, end it with Ctrl-C where it runs, or serve this beside "
+            "it from a folder of its own"
+        ) from None
 
 
 def noted_address(settings: Settings) -> str | None:

@@ -50,6 +50,7 @@ def soft_hsm():
     if not module.exists():
         pytest.skip(f"{module} is not installed (Debian: libsofthsm2)")
     pytest.importorskip("pkcs11", reason="python-pkcs11 is not installed")
+    module = module.resolve()  # as we load it: one library, one state
     folder = Path(tempfile.mkdtemp(prefix="ztserve-softhsm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "tokens").mkdir()

@@ -137,6 +137,18 @@ def test_what_a_module_says_becomes_a_sentence(hsm, kind, message):
         raise getattr(key._pkcs11, kind)
 
 
+def test_a_fault_that_ends_the_session_too_is_told_first(hsm):
+    key = hsm.key("trainer")
+
+    def removed():
+        with key._logged_in() as session:
+            session.close()  # so that it cannot be closed again
+            raise key._pkcs11.DeviceRemoved
+
+    with pytest.raises(ArtifactError, match="put it back"):
+        removed()
+
+
 def test_a_pin_that_others_may_read_is_refused(hsm, tmp_path):
     file = tmp_path / "pin"
     file.write_text(PIN)

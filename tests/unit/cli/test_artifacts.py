@@ -618,6 +618,13 @@ def test_an_entry_is_shown_not_made(ztserve, empty):
     assert not (empty / "team.pem").exists()
 
 
+def test_a_name_that_is_no_text_is_refused(ztserve, empty):
+    done = ztserve("key", "new", "team.pem", "--name", "a\udc80")
+    assert done.code == 2
+    assert "'a\\udc80' is not UTF-8" in done.err
+    assert not (empty / "team.pem").exists()
+
+
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "Zoë 🔑", "a\x7fb\nc"])
 def test_an_entry_holds_any_name(ztserve, empty, name):
     ztserve("key", "new", "team.pem")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ztserve import config
-from ztserve.serving.running import claimed, noted_address
+from ztserve.errors import ConfigError
+from ztserve.serving.running import check_free, claimed, noted_address
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's
 
@@ -100,6 +101,17 @@ def test_a_second_run_of_a_project_is_refused_and_takes_nothing_from_the_first(
         assert "is being served already: see it with `ztserve status`" in done.err
         assert done.out == ""
         assert noted_address(settings) == "127.0.0.1:6379"
+
+
+def test_to_ask_whether_a_project_is_free_changes_nothing(project):
+    settings = config.load()
+    check_free(settings)
+    assert not (settings.state / "cluster").exists()
+    (settings.state / "cluster").write_text("as it was")
+    check_free(settings)
+    assert (settings.state / "cluster").read_text() == "as it was"
+    with claimed(settings), pytest.raises(ConfigError, match="being served already"):
+        check_free(settings)
 
 
 def test_what_a_killed_process_has_noted_counts_no_more(project):

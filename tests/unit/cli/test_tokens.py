@@ -99,6 +99,12 @@ def test_a_key_in_a_token_is_made_by_its_own_tool(ztserve, empty, action):
     assert "is made with the token's own tool, such as `pkcs11-tool" in done.err
 
 
+def test_a_scheme_in_capitals_is_no_file(ztserve, project, weights):
+    done = ztserve("sign", weights, "--key", "PKCS11:token=a;object=b")
+    assert done.code == 2
+    assert "a PKCS#11 URI begins with pkcs11: (RFC 7512)" in done.err
+
+
 @pytest.mark.parametrize("verb", ["sign", "attest", "publish"])
 def test_a_pin_on_the_command_line_is_refused(ztserve, project, published, verb):
     uri = "pkcs11:token=a;object=b?module-path=/x.so&pin-value=of-the-token"

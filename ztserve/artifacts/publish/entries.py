@@ -50,7 +50,12 @@ def _table(table: str, **values: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Return a basic string of TOML, which has JSON's escapes but for surrogates."""
+    """Return a basic string of TOML, which has JSON's escapes but for surrogates.
+
+    Raises ConfigError for what is no text.
+    """
+    if not value.isascii() and value.encode(errors="ignore").decode() != value:
+        raise ConfigError(f"{value!r} is not UTF-8, as a trust policy is")
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -8,7 +8,7 @@ anybody sees it. Needs the extra ``pkcs11``.
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -112,8 +112,12 @@ class TokenKey:
             session = self._token.open(user_pin=self._pin)
             try:
                 yield session
-            finally:
-                session.close()
+            except BaseException:
+                # What went wrong first counts.
+                with suppress(self._pkcs11.PKCS11Error):
+                    session.close()
+                raise
+            session.close()
 
     def _private(self, session: Any) -> Any:
         """Return the one private key that the URI names, which signs."""
@@ -195,9 +199,9 @@ def _library() -> Any:
 
 def _find_token(library: Any, uri: TokenUri) -> Any:
     """Return the one token that the URI names, through its module."""
-    check_module(uri.module)
+    module = check_module(uri.module)
     with _told(library, uri):
-        slots = library.lib(str(uri.module)).get_slots(token_present=True)
+        slots = library.lib(str(module)).get_slots(token_present=True)
         tokens = [slot.get_token() for slot in slots[:MAX_FOUND]]
     found = [token for token in tokens if uri.token.items() <= _facts(token).items()]
     if len(found) != 1:
@@ -218,24 +222,16 @@ def _facts(token: Any) -> dict[str, str]:
     }
 
 
-def check_module(module: Path) -> None:
-    """Raise ConfigError where others could put their code in a module's place.
+def check_module(module: Path) -> Path:
+    """Return a module's own path, without links; ConfigError where others bend it.
 
-    It is loaded into this process, which asks for the PIN.
+    It is loaded into this process, which asks for the PIN: whoever can write it, or a
+    folder on its way, runs code there.
     """
     try:
         there = module.resolve(strict=True)
-        for path in (there, there.parent):
-            facts = path.stat()
-            if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or facts.st_uid not in {
-                0,
-                os.geteuid(),
-            }:
-                raise ConfigError(
-                    f"{path} may be written by others (mode {facts.st_mode & 0o777:o},"
-                    f" owner {facts.st_uid}): whoever can write it runs code where the"
-                    " PIN is typed; use a module that root, or you alone, can write"
-                )
+        for path in (there, *there.parents):
+            _check_place(path, path.stat())
     except OSError as error:
         raise ConfigError(
             f"the PKCS#11 module {module} cannot be read: {error.strerror}; name the "
@@ -243,6 +239,19 @@ def check_module(module: Path) -> None:
             "/usr/lib/softhsm/libsofthsm2.so (Debian: libsofthsm2) or "
             "/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so (opensc-pkcs11)"
         ) from error
+    return there
+
+
+def _check_place(path: Path, facts: os.stat_result) -> None:
+    # In a sticky directory nobody can rename what is another's.
+    sticky = stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_ISVTX
+    others = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky
+    if others or facts.st_uid not in {0, os.geteuid()}:
+        raise ConfigError(
+            f"{path} may be written by others (mode {stat.S_IMODE(facts.st_mode):o}, "
+            f"owner {facts.st_uid}): whoever can write it runs code where the PIN is "
+            "typed; use a module that root, or you alone, can write"
+        )
 
 
 def _pin(library: Any, token: Any, uri: TokenUri, ask: Ask) -> Any:
@@ -253,7 +262,8 @@ def _pin(library: Any, token: Any, uri: TokenUri, ask: Ask) -> Any:
         return library.PROTECTED_AUTH
     if not token.flags & library.TokenFlag.LOGIN_REQUIRED:
         return None
-    return ask(f"PIN of the token {token.label}")
+    # In the URI's words: a token's own label could hold anything, also a terminal's.
+    return ask(f"PIN of the token {', '.join(uri.token.values())}")
 
 
 @contextmanager
