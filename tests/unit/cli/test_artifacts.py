@@ -511,6 +511,7 @@ def test_a_policy_with_keys_beside_it_is_not_signed(ztserve, project):
     done = ztserve("sign", policy, "--key", "root.pem")
     assert done.code == 2
     assert "holds its keys as PEM text" in done.err
+    assert f"{policy.parent}/../team.pub` prints the entry" in done.err
 
 
 def test_nonsense_is_not_signed_as_a_policy(ztserve, project):
