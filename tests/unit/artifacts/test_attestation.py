@@ -241,6 +241,23 @@ def test_a_model_published_again_has_what_was_published_last(workshop):
 
 
 @pytest.mark.slow
+def test_with_other_attestations_it_is_another_image(workshop):
+    """A registry that lists itself what refers to an image forgets none of it."""
+    root, images = workshop.signed(), []
+    for change in ("none", "first", "second", "gone"):
+        if change in {"first", "second"}:
+            workshop.evaluate(root)
+        elif change == "gone":
+            (root / "attestations/evaluation.sig").unlink()
+        publish(root, workshop.registry, name="digits", version="1")
+        publish(root, workshop.registry, name="digits", version="1")  # the same again
+        nodes = json.loads((workshop.registry / "index.json").read_bytes())["manifests"]
+        images.append(nodes[0]["digest"])
+    assert images[0] == images[3]
+    assert len(set(images)) == 3
+
+
+@pytest.mark.slow
 def test_two_releases_of_one_model_have_each_their_own_attestations(workshop):
     root = workshop.signed()
     first = workshop.evaluate(root).read_bytes()

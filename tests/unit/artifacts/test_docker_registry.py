@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.artifacts.real import free_port, program, running
 from ztserve.artifacts import Access, RegistryUrl, open_registry, verify_model
-from ztserve.artifacts.publish import push
+from ztserve.artifacts.publish import publish, push
 from ztserve.errors import RegistryError
 from ztserve.types import ModelRef
 
@@ -100,6 +100,21 @@ def test_bundles_that_refer_to_the_model_are_pushed_with_it(workshop, start):
     attach(workshop, b'{"bundle": 1}')
     push(workshop.registry, "digits:1", url, Access())
     assert open_registry(url).attestations(model) == {"evaluation": b'{"bundle": 1}'}
+
+
+def test_a_model_pushed_again_has_what_was_published_last(workshop, start):
+    """Also where it was not released anew: the image tells its attestations."""
+    url = start()
+    root = workshop.signed()
+    for kept in (["evaluation", "removed"], ["evaluation"], []):
+        for old in (root / "attestations").glob("*.sig"):
+            old.unlink()
+        bundles = {name: workshop.evaluate(root, name=name) for name in kept}
+        publish(root, workshop.registry, name="digits", version="1")
+        model = push(workshop.registry, "digits:1", url, Access())
+        assert open_registry(url).attestations(model) == {
+            name: path.read_bytes() for name, path in bundles.items()
+        }
 
 
 def test_credentials_are_sent_where_they_are_asked_for(workshop, start):

@@ -55,6 +55,7 @@ from ztserve.types import ModelRef
 ARTIFACT_TYPE = "application/vnd.ztserve.model.v1"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+ATTESTED = "dev.ztserve.model.attestations"
 REF_NAME = "org.opencontainers.image.ref.name"
 _EMPTY = b"{}"
 
@@ -91,7 +92,7 @@ def publish(
     with _locked(root):
         index = _read_index(root)
         _check_not_taken(index, model, root)
-        image = _write_image(root, model, files)
+        image = _write_image(root, model, files, attestations)
         _put(index, image)
         _refer(root, index, model, image, attestations)
         _point(index, model, aliases)
@@ -235,7 +236,10 @@ def _point(index: list[Descriptor], model: Resolved, aliases: Collection[str]) -
 
 
 def _write_image(
-    root: Path, model: Resolved, files: Mapping[str, memoryview]
+    root: Path,
+    model: Resolved,
+    files: Mapping[str, memoryview],
+    attestations: Mapping[str, bytes],
 ) -> Descriptor:
     layers = []
     for name, content in sorted(files.items()):
@@ -250,8 +254,14 @@ def _write_image(
         "artifactType": ARTIFACT_TYPE,
         "config": {"mediaType": EMPTY_TYPE, **_write_blob(root, memoryview(_EMPTY))},
         "layers": layers,
-        # In here as well: what is copied to a registry of images has no index.
-        "annotations": {NAME: model.name, VERSION: model.version, DIGEST: model.digest},
+        # In here as well: what is copied to a registry of images has no index. With
+        # other attestations it is another image: what refers to it there, stays.
+        "annotations": {
+            NAME: model.name,
+            VERSION: model.version,
+            DIGEST: model.digest,
+            ATTESTED: _digest_of(attestations),
+        },
     }
     text = json.dumps(image).encode()
     parse_layers(text, str(model.ref))  # or nobody could read it again
@@ -265,6 +275,13 @@ def _write_image(
         DIGEST: model.digest,
     }
     return descriptor
+
+
+def _digest_of(attestations: Mapping[str, bytes]) -> str:
+    """Return a digest of the attestations with their names."""
+    named = sorted(attestations.items())
+    digests = [(name, hashlib.sha256(raw).hexdigest()) for name, raw in named]
+    return "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _refer(
