@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from ztserve.artifacts.publish import (
     sign_model,
     sign_policy,
 )
+from ztserve.artifacts.trust import policy
 from ztserve.errors import (
     ArtifactError,
     ConfigError,
@@ -49,10 +51,10 @@ def workshop(tmp_path):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Take a control out of the loader: `without("check_closed")`."""
+    """Take a control out: `without("check_closed")`, of the loader and of others."""
 
     def take_out(name):
-        module = loader if hasattr(loader, name) else judging
+        module = next(m for m in (loader, judging, policy, content) if hasattr(m, name))
         monkeypatch.setattr(module, name, lambda *_, **__: None)
 
     return take_out
@@ -116,15 +118,18 @@ def test_a_model_signed_by_a_stranger_is_refused(workshop):
     assert verify_model(root, "digits", workshop.write_policy(roles))
 
 
-def test_a_stranger_who_names_the_trainers_key_is_refused(workshop):
-    root = workshop.signed()
-    bundle = json.loads(workshop.stranger.envelope(b"{}"))
+def test_a_stranger_who_names_the_trainers_key_is_refused(workshop, without):
+    root, own = workshop.signed(), workshop.model("own", fill=666.0)
+    sign_model(own, workshop.stranger)
+    bundle = json.loads((own / "model.sig").read_bytes())
     bundle["verificationMaterial"] = json.loads((root / "model.sig").read_bytes())[
         "verificationMaterial"
     ]
-    (root / "model.sig").write_text(json.dumps(bundle))
-    (root / "release.sig").unlink()
-    refused(root, workshop.trust, "the signature does not hold")
+    (own / "model.sig").write_text(json.dumps(bundle))
+    release_model(own, workshop.keys["deployer"], name="digits", version="1")
+    refused(own, workshop.trust, "the signature does not hold")
+    without("check_signature")
+    assert bias(verify_model(own, "digits", workshop.trust)) == 666
 
 
 @pytest.mark.parametrize("role", ["evaluator", "deployer"])
@@ -139,11 +144,15 @@ def test_a_signer_in_the_wrong_role_is_refused(workshop, role):
     assert verify_model(root, "digits", workshop.write_policy(roles))
 
 
-def test_a_trainer_cannot_release_its_own_model(workshop):
+def test_a_trainer_cannot_release_its_own_model(workshop, without):
     root = workshop.model()
     sign_model(root, workshop.keys["trainer"])
     release_model(root, workshop.keys["trainer"], name="digits", version="1")
     refused(root, workshop.trust, "trusted as trainer, not as deployer")
+    trust = workshop.write_policy({"trainer": ["trainer", "deployer"]})
+    refused(root, trust, "signs as deployer, and acted as trainer for this model")
+    without("check_separate")
+    assert verify_model(root, "digits", trust)
 
 
 def test_a_statement_of_another_kind_does_not_pass_for_a_manifest(workshop):
@@ -169,7 +178,9 @@ def test_duplicate_keys_are_refused(workshop):
     good = model_statement("digits", {WEIGHTS: sha256(root / WEIGHTS)}).decode()
     twice = '{"predicate": {}, ' + good[1:]
     assert json.loads(twice) == json.loads(good)  # parsers differ on which one counts
+    (root / "config.json").unlink()
     workshop.force_sign(root, {}, statement=twice.encode())
+    stock_verify(workshop, root)  # the last one counts
     refused(root, workshop.trust, "duplicate JSON key 'predicate'")
 
 
@@ -195,6 +206,7 @@ def test_an_expired_policy_trusts_nobody(workshop):
     refused(root, trust, "expired at 2999-01-01", now=later)
     with pytest.raises(ConfigError, match="expired at 2999-01-01"):
         TrustPolicy.load(workshop.policy_path, now=later)
+    assert verify_model(root, "digits", workshop.write_policy(), now=later)  # endless
 
 
 def test_an_edited_policy_is_refused_under_a_trust_root(workshop):
@@ -217,8 +229,8 @@ def test_a_signed_policy_cannot_take_its_keys_from_files_beside_it(workshop):
     )
     sign_policy(workshop.policy_path, root_key)
     beside.write_text(pem(workshop.stranger))  # signed by nobody, yet it would count
-    policy = TrustPolicy.load(workshop.policy_path)
-    assert policy.signers[0].key_id == workshop.stranger.id
+    found = TrustPolicy.load(workshop.policy_path)
+    assert found.signers[0].key_id == workshop.stranger.id
     with pytest.raises(ConfigError, match="holds its keys as PEM text"):
         TrustPolicy.load(workshop.policy_path, root=pem(root_key))
 
@@ -240,23 +252,29 @@ def test_another_signed_model_under_this_name_is_refused(workshop, without):
     assert bias(verify_model(workshop.registry, "digits", workshop.trust)) == 2.0
 
 
-def test_another_version_under_this_version_is_refused(workshop):
+def test_another_version_under_this_version_is_refused(workshop, without):
     workshop.published()
     index = workshop.registry / "index.json"
     index.write_text(index.read_text().replace('version": "1"', 'version": "2"'))
     refused(workshop.registry, workshop.trust, "signed as version '1'", "digits:2")
+    without("check_release")
+    assert verify_model(workshop.registry, "digits:2", workshop.trust).version == "1"
 
 
-def test_a_release_of_another_manifest_is_refused(workshop):
+def test_a_release_of_another_manifest_is_refused(workshop, without):
     first, second = workshop.signed("a"), workshop.signed("b", fill=2.0)
     shutil.copy(first / "release.sig", second / "release.sig")
     refused(second, workshop.trust, "release.sig releases sha256:.*but the manifest")
+    without("check_release")
+    assert bias(verify_model(second, "digits", workshop.trust)) == 2.0
 
 
-def test_files_mixed_from_two_signed_models_are_refused(workshop):
+def test_files_mixed_from_two_signed_models_are_refused(workshop, without):
     first, second = workshop.signed("a"), workshop.signed("b", fill=2.0)
     shutil.copy(first / WEIGHTS, second / WEIGHTS)
     refused(second, workshop.trust, "was changed after signing")
+    without("check_digests")
+    assert bias(verify_model(second, "digits", workshop.trust)) == 1.0
 
 
 def test_an_alias_that_flips_between_two_replicas_meets_a_pinned_digest(workshop):
@@ -407,15 +425,20 @@ def test_a_configuration_that_leads_to_another_is_refused(workshop, monkeypatch)
 
 def test_a_torch_archive_renamed_to_safetensors_is_refused(workshop):
     torch.save({"a": torch.ones(2)}, workshop.path / "model.pt")
-    content = (workshop.path / "model.pt").read_bytes()
-    root = signed_with(workshop, "other.safetensors", content)
+    archive = (workshop.path / "model.pt").read_bytes()
+    root = signed_with(workshop, "other.safetensors", archive)
     refused(root, workshop.trust, r"other.safetensors is a pickle \(zip magic\)")
+    taken = torch.load(io.BytesIO((root / "other.safetensors").read_bytes()))
+    assert taken["a"].sum() == 2  # it asks for no name
 
 
-def test_a_signed_configuration_that_fetches_code_is_refused(workshop):
+def test_a_signed_configuration_that_fetches_code_is_refused(workshop, without):
     config = b'{"a": [{"auto_map": {"AutoModel": "evil--modeling.Evil"}}]}'
     root = signed_with(workshop, "model_config.json", config)
     refused(root, workshop.trust, "model_config.json asks for code by 'auto_map'")
+    without("check_config")
+    model = verify_model(root, "digits", workshop.trust)
+    assert b"evil--modeling.Evil" in model.read("model_config.json")
 
 
 @pytest.fixture
@@ -561,12 +584,14 @@ def test_a_header_of_very_many_tensors_is_refused_quickly(workshop):
     refused(root, workshop.trust, "65537 tensors; the limit is 65536")
 
 
-def test_a_tensor_in_two_files_is_refused(workshop):
-    root = workshop.model()
-    content = (root / WEIGHTS).read_bytes()
-    shutil.rmtree(root)
-    root = signed_with(workshop, "other.safetensors", content)
+def test_a_tensor_in_two_files_is_refused(workshop, without):
+    other = (workshop.model("other", fill=2.0) / WEIGHTS).read_bytes()
+    root = signed_with(workshop, "other.safetensors", other)
     refused(root, workshop.trust, "is both in .* and in ")
+    without("_check_tensor_names")
+    model = verify_model(root, "digits", workshop.trust)
+    twice = [t[0].item() for name, t in model.tensors() if name == "layer.bias"]
+    assert sorted(twice) == [1.0, 2.0]  # whichever the model's code takes last
 
 
 def test_weights_that_are_not_numbers_are_the_trainers_business(workshop):
@@ -728,11 +753,16 @@ def test_a_racing_writer_never_gets_a_wrong_byte_accepted(workshop):
 # --- the writing side -----------------------------------------------------------
 
 
-def test_a_published_version_cannot_be_replaced(workshop):
+def test_a_published_version_cannot_be_replaced(workshop, monkeypatch):
     workshop.published("one", version="1", fill=1.0)
     other = workshop.signed("two", version="1", fill=2.0)
     with pytest.raises(RegistryError, match=r"has digits:1 already, with other"):
         publish(other, workshop.registry, name="digits", version="1")
+    monkeypatch.setattr(
+        "ztserve.artifacts.publish.registry._check_not_taken", lambda *_: None
+    )
+    publish(other, workshop.registry, name="digits", version="1")
+    assert bias(verify_model(workshop.registry, "digits:1", workshop.trust)) == 2.0
 
 
 def test_a_tampered_directory_is_not_published(workshop):
@@ -763,7 +793,7 @@ def test_a_signature_rewritten_by_a_stranger_is_the_same_model(workshop):
     assert verify_model(root, "digits", workshop.trust).digest == before
 
 
-def test_a_release_for_a_name_cannot_be_moved_to_another_name(workshop):
+def test_a_release_for_a_name_cannot_be_moved_to_another_name(workshop, without):
     root = workshop.signed()
     digest = verify_model(root, "digits", workshop.trust).digest
     stolen = release_statement("payments", "1", digest)
@@ -773,3 +803,5 @@ def test_a_release_for_a_name_cannot_be_moved_to_another_name(workshop):
     refused(
         root, workshop.trust, r"release.sig: the signature does not hold", "payments"
     )
+    without("check_signature")
+    assert verify_model(root, "payments", workshop.trust).name == "payments"
