@@ -113,6 +113,26 @@ def test_a_rule_for_a_name_that_no_model_has_is_refused(
         assert verify_model(root, "digits", workshop.write_policy(tail=tail))
 
 
+@CONTROL
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_floor_that_others_can_remove_is_refused(
+    workshop, monkeypatch, control, mode
+):
+    floor = Floor(workshop.path / "state")
+    floor.keep(workshop.write_policy(head="version = 2"))
+    floor.path.parent.chmod(mode)
+    floor.path.unlink()  # as somebody else may
+    old = workshop.write_policy(head="version = 1")
+    if control == "on":
+        with pytest.raises(ConfigError, match=rf"mode {mode:o}\): run chmod go-w"):
+            floor.check(old)
+    else:
+        monkeypatch.setattr(floors, "check_folder", lambda _: None)
+        floor.check(old)
+    floor.path.parent.chmod(mode | 0o1000)  # sticky: nobody removes what is another's
+    floor.check(old)
+
+
 class Forgetful(FollowedPolicy):
     """Takes no policy that its node cannot remember."""
 

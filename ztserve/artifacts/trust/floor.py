@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ class Floor:
 
     def seen(self) -> Seen | None:
         """Return what was kept last; None where nothing was; ConfigError."""
+        check_folder(self.path.parent)
         if not os.path.lexists(self.path):
             return None
         try:
@@ -132,6 +134,23 @@ class Floor:
             yield
         finally:
             os.close(descriptor)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError where others could remove the floor, so that it is forgotten."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return  # nothing is kept there yet
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid not in {0, os.geteuid()} or (
+        others and not status.st_mode & stat.S_ISVTX
+    ):
+        raise ConfigError(
+            f"{folder}: others may remove what this node has seen of trust policies "
+            f"(uid {status.st_uid}, mode {status.st_mode & 0o7777:o}): run chmod go-w "
+            f"{folder}, as its owner"
+        )
 
 
 def _lock(descriptor: int, path: Path) -> None:
