@@ -1,6 +1,7 @@
 """Attacks on who pushes models: by the registry, and by what the layout holds."""
 
 import json
+import time
 
 import pytest
 
@@ -92,6 +93,37 @@ def test_a_registry_that_stalls_a_push_is_cut_off(workshop, taker, monkeypatch):
     with pytest.raises(RegistryError, match=r"GET /v2/models/digits/.*1: timed out"):
         pushed(workshop, taker)
     assert released == [1]
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.parametrize("control", ["on", "off"])
+def test_a_registry_that_drips_its_answer_to_a_push_is_cut_off(
+    workshop, taker, monkeypatch, control, part
+):
+    """A byte in time, for ever: each wait is short, all of them have no end."""
+    monkeypatch.setattr(
+        "ztserve.artifacts.publish.distribution.TAKES_S", 0.3 if control == "on" else 9
+    )
+
+    def drip(*_):
+        yield b"HTTP/1.1 507 X\r\n" + (b"" if part == "head" else b"\r\n")
+        for _ in range(10):
+            time.sleep(0.1)
+            yield b"a"
+
+    taker.respond = drip
+    begun = time.monotonic()
+    with pytest.raises(RegistryError) as caught:
+        pushed(workshop, taker)
+    spent = time.monotonic() - begun
+    assert ("no whole answer within 0.3 s" in str(caught.value)) == (control == "on")
+    assert (spent < 0.9) == (control == "on")
+
+
+def test_an_answer_to_a_push_that_breaks_off_is_not_taken(workshop, taker):
+    taker.respond = lambda *_: iter([answer(b"{}", length=100)])
+    with pytest.raises(RegistryError, match=r"IncompleteRead\(2 bytes read, 98 more"):
+        pushed(workshop, taker)
 
 
 def test_an_image_that_is_not_what_the_index_says_is_not_pushed(workshop, taker):

@@ -21,6 +21,7 @@ from tests.unit.artifacts.workshop import Workshop
 from ztserve.artifacts import Access, RegistryUrl, open_registry, verify_model
 from ztserve.artifacts.loading import judging, loader
 from ztserve.artifacts.registry import distribution, http, ranges
+from ztserve.artifacts.registry import mlflow as mlflow_registry
 from ztserve.artifacts.registry.connection import Connection
 from ztserve.artifacts.registry.http import HttpReader
 from ztserve.errors import ConfigError, RegistryError, VerificationError
@@ -590,6 +591,49 @@ def test_folders_without_end_are_cut_off(mlflow, workshop):
         lambda target, _: listing(*many) if target.endswith("model") else listing(),
     )
     refused(mlflow, workshop, "more than 256 folders", "digits:1")
+
+
+@pytest.mark.parametrize("control", ["on", "off"])
+def test_folders_that_come_slowly_share_one_time(
+    mlflow, workshop, monkeypatch, control
+):
+    """Each within its time, together three quarters of an hour."""
+    if control == "on":
+        monkeypatch.setattr(mlflow_registry, "LIST_S", 0.3)
+    many = [{"path": f"f{n}", "is_dir": True} for n in range(10)]
+
+    def slow(target, _):
+        time.sleep(0.1)
+        return listing(*many) if target.endswith("model") else listing()
+
+    bent(mlflow, "artifacts?path=", slow)
+    message = "no whole answer in time" if control == "on" else "is not signed"
+    error = RegistryError if control == "on" else VerificationError
+    refused(mlflow, workshop, message, "digits:1", error)
+    asked = [target for _, target, _ in mlflow.requests if "artifacts?path" in target]
+    assert len(asked) < 6 if control == "on" else len(asked) == 11
+
+
+@pytest.mark.parametrize("control", ["on", "off"])
+def test_referrers_that_come_slowly_share_one_time(workshop, monkeypatch, control):
+    if control == "on":
+        monkeypatch.setattr(distribution, "LIST_S", 0.3)
+    workshop.published()
+    with serving(LayoutServer(workshop.registry)) as server:
+        image = server.image("digits", "1")
+        for number in range(10):
+            server.refer(image, f"attestations/{number}.sig", b"%d" % number)
+        slowly = {node["digest"] for node in server.referrers[image]}
+
+        def slow(target, headers):
+            time.sleep(0.1 if target.rpartition("/")[2] in slowly else 0)
+            return server.honest(target, headers)
+
+        server.respond = slow
+        if control == "on":
+            refused(server, workshop, "no whole answer in time", "digits:1")
+        else:
+            assert verify_model(server.url, "digits:1", workshop.trust)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "", "a/b", "x" * 300])

@@ -10,12 +10,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPSConnection,
+    IncompleteRead,
+)
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
+from ztserve.artifacts.publish.uploading import PIECE, Upload, no_later_than
 from ztserve.artifacts.registry.address import Access, RegistryUrl, origin_of
 from ztserve.artifacts.registry.connection import client_context
 from ztserve.artifacts.registry.distribution import (
@@ -25,7 +30,7 @@ from ztserve.artifacts.registry.distribution import (
     repository_of,
     tag_of,
 )
-from ztserve.artifacts.registry.files import FileReader, read_file
+from ztserve.artifacts.registry.files import read_file
 from ztserve.artifacts.registry.http import ANSWER_S, HttpReader
 from ztserve.artifacts.registry.layout import (
     IMAGE_MANIFEST_TYPE,
@@ -55,7 +60,8 @@ from ztserve.types import ModelRef
 
 STALL_S = 30.0
 """Longest wait for the registry to take the next piece, or to answer."""
-_PIECE = 1 << 20
+TAKES_S = 60.0
+"""Longest that an answer may take as a whole, once the registry has all of a piece."""
 
 
 def push(
@@ -178,49 +184,13 @@ class _Layout:
             return ""
         return get(as_object(manifest["subject"], "subject"), "digest", str)
 
-    def open(self, blob: Blob) -> "Upload":
+    def open(self, blob: Blob) -> Upload:
         """Open a blob; errors as `open_blob`."""
         return Upload(open_blob(self._root, blob, blob.digest))
 
     def read(self, blob: Blob) -> bytes:
         """Read a manifest; RegistryError unless it is what its digest says."""
         return read_blob(self._root, blob, limit=MAX_INDEX_BYTES)
-
-
-class Upload:
-    """The bytes of a blob for a PUT: as many as were promised, whatever lies there now.
-
-    What came behind them would be taken for another request of ours.
-    """
-
-    def __init__(self, reader: FileReader) -> None:
-        self._reader = reader
-        self._at = 0
-
-    def read(self, count: int = _PIECE, /) -> bytes:
-        """Return at most `count` further bytes; ValueError where they end too early."""
-        content = bytearray(min(count, self._reader.size - self._at))
-        read = self._reader.read_into(memoryview(content), self._at) if content else 0
-        if read < len(content):
-            raise ValueError("a blob was cut short while it was uploaded")
-        self._at += read
-        return bytes(content)
-
-    def rewind(self) -> None:
-        """Begin anew."""
-        self._at = 0
-
-    def __enter__(self) -> Self:
-        self._reader.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._reader.__exit__(kind, error, trace)
 
 
 def _is_bundle(node: Object) -> bool:
@@ -251,10 +221,10 @@ class _Repository:
                 port,
                 timeout=STALL_S,
                 context=client_context(access.roots),
-                blocksize=_PIECE,
+                blocksize=PIECE,
             )
             if url.origin.scheme == "https"
-            else HTTPConnection(host, port, timeout=STALL_S, blocksize=_PIECE)
+            else HTTPConnection(host, port, timeout=STALL_S, blocksize=PIECE)
         )
 
     def close(self) -> None:
@@ -353,8 +323,13 @@ class _Repository:
             headers = {**headers, "Authorization": self._authorization}
         try:
             self._connection.request(verb, target, body, headers)
-            response = self._connection.getresponse()
-            raw = response.read(MAX_INDEX_BYTES + 1)
+            with (
+                no_later_than(self._connection.sock, TAKES_S),
+                self._connection.getresponse() as response,
+            ):
+                raw = response.read(MAX_INDEX_BYTES + 1)
+                if response.length and len(raw) <= MAX_INDEX_BYTES:
+                    raise IncompleteRead(raw, response.length)
         except (OSError, HTTPException, ValueError) as error:
             self._connection.close()
             raise RegistryError(f"{self._url}: {verb} {target}: {error}") from error

@@ -7,12 +7,14 @@ Signatures are layers of the image, or bundles that refer to it.
 """
 
 import hashlib
+import math
 import re
+import time
 from collections.abc import Mapping
 from urllib.parse import quote
 
 from ztserve.artifacts.registry.address import Access, RegistryUrl
-from ztserve.artifacts.registry.http import HttpReader, MissingError
+from ztserve.artifacts.registry.http import LIST_S, HttpReader, MissingError
 from ztserve.artifacts.registry.layout import (
     DIGEST,
     IMAGE_MANIFEST_TYPE,
@@ -155,8 +157,9 @@ class DistributionRegistry:
     def _referrers(self, model: Resolved) -> dict[str, Blob]:
         """Return the bundles that refer to the model's image, by their title."""
         found: dict[str, Blob] = {}
+        until = time.monotonic() + LIST_S
         for manifest in self._referring(model):
-            raw = self._manifest(model.name, manifest, IMAGE_MANIFEST_TYPE)
+            raw = self._manifest(model.name, manifest, IMAGE_MANIFEST_TYPE, until)
             for title, blob in parse_layers(raw, f"{model.name}@{manifest}").items():
                 if title in found:
                     raise RegistryError(
@@ -202,11 +205,14 @@ class DistributionRegistry:
     def _target(self, name: str, kind: str, reference: str) -> str:
         return f"/v2/{repository_of(self._url, name)}/{kind}/{reference}"
 
-    def _manifest(self, name: str, reference: str, kind: str) -> bytes:
+    def _manifest(
+        self, name: str, reference: str, kind: str, until: float = math.inf
+    ) -> bytes:
         raw = self._reader(name).read(
             self._target(name, "manifests", reference),
             limit=MAX_INDEX_BYTES,
             accept=kind,
+            until=until,
         )
         return _checked(raw, reference, self._url) if ":" in reference else raw
 

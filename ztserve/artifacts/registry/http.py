@@ -7,6 +7,7 @@ RegistryError that names the address.
 """
 
 import base64
+import math
 import re
 import threading
 import time
@@ -24,6 +25,8 @@ from ztserve.errors import ConfigError, RegistryError
 
 ANSWER_S = 10.0
 """For an answer as a whole, redirects and tokens included; for a range, its head."""
+LIST_S = 30.0
+"""For all answers together that one list is made of: folders, or what refers to one."""
 MAX_REDIRECTS = 3
 MAX_LOCATION = 8192
 MAX_IDLE = 8
@@ -69,13 +72,20 @@ class HttpReader:
         self._authorization = f"Bearer {access.token}" if access.token else ""
 
     def read(
-        self, target: str, *, limit: int, accept: str = "application/json"
+        self,
+        target: str,
+        *,
+        limit: int,
+        accept: str = "application/json",
+        until: float = math.inf,
     ) -> bytes:
         """Return the answer's body; MissingError on 404, RegistryError otherwise.
 
-        `target` is path and query, quoted; `limit` in bytes.
+        `target` is path and query, quoted; `limit` in bytes; `until`, on
+        `time.monotonic`'s clock, ends several that are asked for one thing.
         """
-        body = self._ask(target, {"Accept": accept}, time.monotonic() + ANSWER_S)
+        end = min(until, time.monotonic() + ANSWER_S)
+        body = self._ask(target, {"Accept": accept}, end)
         with self.faults(body.url), self._held(body):
             return _whole(body, limit)
 

@@ -7,12 +7,18 @@ tracking server must hand on artifacts itself (``--serve-artifacts``, its defaul
 that we need no credentials for the storage behind it.
 """
 
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
 from ztserve.artifacts.registry.address import Access, RegistryUrl
-from ztserve.artifacts.registry.http import HttpReader, MissingError, RejectedError
+from ztserve.artifacts.registry.http import (
+    LIST_S,
+    HttpReader,
+    MissingError,
+    RejectedError,
+)
 from ztserve.artifacts.registry.layout import MAX_BLOB_BYTES
 from ztserve.artifacts.registry.protocol import Resolved
 from ztserve.artifacts.registry.ranges import RangeReader
@@ -194,6 +200,7 @@ class MlflowRegistry:
         """Return every file beneath a folder, relative name to size; bounded."""
         found: dict[str, int] = {}
         folders = [""]
+        until = time.monotonic() + LIST_S
         for asked, folder in enumerate(folders):
             if asked >= MAX_FOLDERS or folder.count("/") >= MAX_DEPTH:
                 raise RegistryError(
@@ -201,7 +208,7 @@ class MlflowRegistry:
                     f"lie deeper than {MAX_DEPTH}"
                 )
             below = f"{root}/{folder}".rstrip("/")
-            for name, size in self._entries(below, ref):
+            for name, size in self._entries(below, ref, until):
                 if size is None:
                     folders.append(f"{folder}{name}/")
                 else:
@@ -210,11 +217,13 @@ class MlflowRegistry:
                 raise RegistryError(f"{self._url}: {ref} has over {MAX_FILES} files")
         return found
 
-    def _entries(self, folder: str, ref: ModelRef) -> list[tuple[str, int | None]]:
+    def _entries(
+        self, folder: str, ref: ModelRef, until: float
+    ) -> list[tuple[str, int | None]]:
         """Return name and size of a folder's entries; None: another folder."""
         target = f"{self._url.path}/api/2.0/mlflow-artifacts/artifacts?"
         raw = self._http.read(
-            target + urlencode({"path": folder}), limit=MAX_ANSWER_BYTES
+            target + urlencode({"path": folder}), limit=MAX_ANSWER_BYTES, until=until
         )
         try:
             answer = load_object(raw, limit=MAX_ANSWER_BYTES)

@@ -137,7 +137,7 @@ class Floor:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError where others could remove the floor, so that it is forgotten."""
+    """Raise ConfigError where others could remove the floor, and so lower it."""
     try:
         status = folder.stat()
     except OSError:
