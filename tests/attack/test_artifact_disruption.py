@@ -366,6 +366,31 @@ def test_sizes_whose_sum_cannot_be_written_are_refused(workshop, monkeypatch, co
             verify_model(workshop.registry, "digits", workshop.trust)
 
 
+FAKE = "x\x1b[2J\nztserve verify: all is well"
+
+
+@pytest.mark.parametrize("where", ["deep", "link", "extra", "index"])
+def test_names_cannot_write_lines_of_their_own(workshop, where):
+    """Into a terminal, or a log of plain lines."""
+    root = workshop.signed()
+    if where == "deep":
+        (root / FAKE / ("a/" * 17)).mkdir(parents=True)
+    elif where == "link":
+        (root / FAKE).symlink_to("config.json")
+    elif where == "extra":
+        (root / FAKE).touch()
+    else:
+        root = workshop.registry
+        workshop.published("other", name="other")
+        index = json.loads((root / "index.json").read_bytes())
+        index["manifests"][0]["annotations"]["dev.ztserve.model.name"] = FAKE
+        (root / "index.json").write_text(json.dumps(index))
+    with pytest.raises((VerificationError, RegistryError)) as caught:
+        verify_model(root, "digits", workshop.trust)
+    assert "all is well" in str(caught.value)  # quoted
+    assert str(caught.value).isprintable()
+
+
 # --- answers --------------------------------------------------------------------
 
 

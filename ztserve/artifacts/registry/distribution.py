@@ -163,7 +163,8 @@ class DistributionRegistry:
             for title, blob in parse_layers(raw, f"{model.name}@{manifest}").items():
                 if title in found:
                     raise RegistryError(
-                        f"{self._url}: two bundles named {title!r} refer to {model.ref}"
+                        f"{self._url}: two bundles named {title!r:.100} refer to "
+                        f"{model.ref}"
                     )
                 found[title] = blob
         return found

@@ -109,7 +109,7 @@ def _walk(
     folder: int, prefix: str, root: Path, found: dict[str, int], seen: Iterator[int]
 ) -> None:
     if prefix.count("/") > MAX_DEPTH:
-        raise VerificationError(f"{root / prefix} lies too deep")
+        raise VerificationError(f"{str(root / prefix)!r} lies too deep")
     with os.scandir(folder) as entries:
         for entry in entries:
             if next(seen) > MAX_ENTRIES:
@@ -141,7 +141,7 @@ def _faults(root: Path, name: str) -> Iterator[None]:
         if error.errno == errno.ELOOP:
             raise VerificationError(_irregular(root, name)) from error
         raise RegistryError(
-            f"{root / name} cannot be read: {error.strerror}"
+            f"{str(root / name)!r} cannot be read: {error.strerror}"
         ) from error
 
 

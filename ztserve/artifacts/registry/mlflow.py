@@ -241,7 +241,7 @@ class MlflowRegistry:
         if name not in folder.files:
             done = "released" if name == RELEASE_FILE else "signed"
             raise VerificationError(
-                f"{folder.path} in {self._url} is not {done}: it has no {name}; sign "
+                f"{folder.path!r} in {self._url} is not {done}: it has no {name}; sign "
                 "the folder before it is logged to MLflow"
             )
         return self._http.read(self._artifact(folder, name), limit=limit, accept="*/*")
