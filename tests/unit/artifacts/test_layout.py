@@ -89,7 +89,7 @@ def test_entries_of_other_kinds_are_left_alone():
         (index(node(name="No Name")), "the registry answers nonsense"),
         (index(node(digest="sha256:1")), "the registry answers nonsense"),
         (index(node(version="1@a")), "the registry answers nonsense"),
-        (index({**node(), "size": -1}), "of -1 bytes is not usable"),
+        (index({**node(), "size": -1}), "is not usable: of -1 bytes"),
         (index({**node(), "digest": "sha256:../../x"}), "is not usable"),
         (index({**node(), "size": True}), "'size' is of kind bool"),
     ],

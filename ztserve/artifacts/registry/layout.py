@@ -258,5 +258,7 @@ def parse_blob(node: Object) -> Blob:
     """Read a descriptor; raises Malformed."""
     digest, size = get(node, "digest", str), get(node, "size", int)
     if not _DIGEST.match(digest) or not 0 <= size <= MAX_BLOB_BYTES:
-        raise Malformed(f"the descriptor {digest!r} of {size} bytes is not usable")
+        raise Malformed(
+            f"the descriptor {digest!r:.100} is not usable: of {size} bytes"
+        )
     return Blob(digest, size)
