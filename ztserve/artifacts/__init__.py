@@ -6,10 +6,11 @@ hashed is the very memory that becomes the tensors. Keys, signing and publishing
 the offline half: `ztserve.artifacts.publish`, which nothing that serves imports.
 """
 
-from ztserve.artifacts.loading.judging import Check, judge
+from ztserve.artifacts.loading.judging import Check, Evidence, judge
 from ztserve.artifacts.loading.loader import verify_model
 from ztserve.artifacts.loading.memory import Memory
 from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.loading.progress import Progress
 from ztserve.artifacts.loading.shared.borrowing import SharedMemory
 from ztserve.artifacts.loading.shared.broker import Broker
 from ztserve.artifacts.registry.address import Access, RegistryUrl, read_access
@@ -29,9 +30,11 @@ __all__ = [
     "Access",
     "Broker",
     "Check",
+    "Evidence",
     "Floor",
     "FollowedPolicy",
     "Memory",
+    "Progress",
     "Reader",
     "Registry",
     "RegistryUrl",

@@ -49,6 +49,10 @@ class ZTDeployment:
 
     model: ClassVar[ModelRef | Mapping[str, ModelRef] | None] = None
     """Which weights; a dict where a model has several parts; None: it has none."""
+    lazy_weights: ClassVar[bool] = False
+    """Whether weights are read, and verified, only when `load` asks for them: for ranks
+    that hold a part of a model (``model.rows``, ``model.tensors(prefix=...)``). What is
+    never asked for is not verified."""
     service: ClassVar[str] = ""
     """The `sa` of its SPIFFE ID and its label `app`; default: the class's name in kebab
     case."""
@@ -115,6 +119,10 @@ def _check(cls: type[ZTDeployment]) -> None:
         raise ConfigError(
             here + f"model must be a ModelRef or a dict of them, got {cls.model!r}; "
             f"write model = ModelRef({cls.model!r})"
+        )
+    if not isinstance(cls.lazy_weights, bool):
+        raise ConfigError(
+            here + f"lazy_weights must be True or False, got {cls.lazy_weights!r}"
         )
     for kind, specs in (("inputs", cls.inputs), ("outputs", cls.outputs)):
         _check_specs(here + kind, specs)

@@ -131,10 +131,12 @@ class Replica:
             self.source,
             self.quarantine,
             self._memory(),
+            lazy=self.deployment.lazy_weights,
         )
-        models = weights.verified(self.plan.models)
-        instance = self._loaded(models, args, kwargs)
-        self.description = self._describe(models)
+        with weights.verified(self.plan.models) as models:
+            instance = self._loaded(models, args, kwargs)
+            self.description = self._describe(models)
+        del models  # what the class has let go is not kept
         self._runner = Runner(
             instance.predict,
             inputs=self.deployment.inputs,

@@ -1,14 +1,16 @@
 """A replica's weights: resolved, pinned for the whole deploy, and verified."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from ztserve import config
 from ztserve.artifacts import (
     FollowedPolicy,
     Memory,
+    Progress,
     Registry,
     TrustPolicy,
     VerifiedModel,
@@ -17,7 +19,7 @@ from ztserve.artifacts import (
 from ztserve.audit import Log
 from ztserve.config import Settings, open_registry
 from ztserve.doors import DoorAddress, DoorRegistry
-from ztserve.errors import ArtifactError, ConfigError, RegistryError
+from ztserve.errors import ArtifactError, ConfigError, RegistryError, ZTServeError
 from ztserve.identity import Quarantine, Source
 from ztserve.serving.withdrawal import Held
 from ztserve.types import ModelRef
@@ -26,7 +28,10 @@ T = TypeVar("T")
 Pin = Callable[[str, str], str]
 """Given a part and the digest it resolved to, returns the one that the deploy uses."""
 
+_LOG = logging.getLogger("ray.serve")  # what Serve shows of a replica
 _RETRY_S = 0.5
+_TELL_S = 5.0
+"""How often the log says how far a long load is."""
 
 
 def check_published(settings: Settings, refs: Iterable[ModelRef]) -> str:
@@ -52,7 +57,7 @@ class Weights:
 
     Waits for a registry that is away, `wait_s` for all of them together; what does not
     verify is refused at once. `memory` is where the weights come to lie; None: in this
-    process's own.
+    process's own. With `lazy` they are read, into that, when they are asked for.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class Weights:
         source: Source | None = None,
         quarantine: Quarantine | None = None,
         memory: Memory | None = None,
+        *,
+        lazy: bool = False,
     ) -> None:
         self._all = settings
         self._settings = settings.artifacts
@@ -70,26 +77,44 @@ class Weights:
         self._pin = pin
         self._source = source
         self._quarantine = quarantine
-        self._memory = memory
+        self._memory = None if lazy else memory
+        self._lazy = lazy
         self.followed: FollowedPolicy | None = None
         """The trust policy; None before there was a model to judge."""
         self.held: dict[str, Held] = {}
-        """The models by part, with what they were asked for as."""
+        """What there is to judge of the models again, by part."""
         self._until = time.monotonic() + self._settings.wait_s
 
-    def verified(self, refs: Mapping[str, ModelRef]) -> dict[str, VerifiedModel]:
-        """Return the models by part. Raises VerificationError or RegistryError."""
-        if not refs:
-            return {}
+    @contextmanager
+    def verified(
+        self, refs: Mapping[str, ModelRef]
+    ) -> Iterator[Mapping[str, VerifiedModel]]:
+        """Give the models by part; until the block ends, weights can be read lazily.
+
+        Raises VerificationError or RegistryError; an ArtifactError that the block
+        raises is audited, too: a shard of theirs that does not verify.
+        """
+        with ExitStack() as ending:
+            with self._audited(ArtifactError, ConfigError):
+                models = self._all_of(refs, ending) if refs else {}
+            with self._audited(ArtifactError):
+                yield models
+
+    def _all_of(
+        self, refs: Mapping[str, ModelRef], ending: ExitStack
+    ) -> dict[str, VerifiedModel]:
+        self.followed = config.follow_trust(self._all)
+        trust = self.followed.policy
+        registry = ending.enter_context(self._opened())
+        return {
+            part: self._verify(registry, part, ref, trust) for part, ref in refs.items()
+        }
+
+    @contextmanager
+    def _audited(self, *refusals: type[ZTServeError]) -> Iterator[None]:
         try:
-            self.followed = config.follow_trust(self._all)
-            trust = self.followed.policy
-            with self._opened() as registry:
-                return {
-                    part: self._verify(registry, part, ref, trust)
-                    for part, ref in refs.items()
-                }
-        except (ArtifactError, ConfigError) as error:
+            yield
+        except refusals as error:
             self._log.event(
                 "model-refused", status_code=type(error).__name__, reason=str(error)
             )
@@ -111,10 +136,18 @@ class Weights:
     ) -> VerifiedModel:
         resolved = self._patiently(lambda: registry.resolve(ref))
         pinned = ref.pinned(self._pin(part, resolved.digest))
+        reading = _Reading(pinned)
         model = self._patiently(
-            lambda: verify_model(registry, pinned, trust, memory=self._memory)
+            lambda: verify_model(
+                registry,
+                pinned,
+                trust,
+                memory=self._memory,
+                lazy=self._lazy,
+                progress=reading,
+            )
         )
-        self.held[part] = Held(pinned, model)
+        self.held[part] = Held(pinned, model.evidence, model.names)
         self._log.event(
             "model-verified",
             model=model.name,
@@ -122,6 +155,9 @@ class Weights:
             digest=model.digest,
             signers=", ".join(map(str, model.signers)),
             trust_policy=f"version {trust.version}, {trust.digest}",
+            verified_bytes=reading.verified,
+            unread_bytes=model.unread,
+            seconds=round(reading.seconds, 3),
         )
         return model
 
@@ -137,3 +173,22 @@ class Weights:
                     told = str(error)
                     self._log.event("registry-away", reason=told)
                 time.sleep(_RETRY_S)
+
+
+class _Reading:
+    """Follows the reading of one model; a long one has a line of the log now and then.
+
+    Of a lazy model it sees what is read at once, not the weights.
+    """
+
+    def __init__(self, ref: ModelRef) -> None:
+        self._ref = ref
+        self._next = _TELL_S
+        self.verified = 0
+        self.seconds = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        self.verified, self.seconds = progress.verified, progress.seconds
+        if progress.seconds >= self._next:
+            self._next = progress.seconds + _TELL_S
+            _LOG.info("loading %s: %s", self._ref, progress)

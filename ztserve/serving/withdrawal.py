@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ztserve import types
-from ztserve.artifacts import FollowedPolicy, TrustPolicy, VerifiedModel, judge
+from ztserve.artifacts import Evidence, FollowedPolicy, TrustPolicy, judge
 from ztserve.audit import Log
 from ztserve.errors import ConfigError, VerificationError
 from ztserve.types import ModelRef
@@ -18,10 +18,13 @@ GRACE_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A model that a replica serves, and what it was asked for as."""
+    """What there is to judge of a model that a replica serves; not its weights."""
 
     ref: ModelRef
-    model: VerifiedModel
+    """What it was asked for as."""
+    evidence: Evidence
+    names: tuple[str, ...]
+    """Its files."""
 
 
 class Withdrawal:
@@ -82,8 +85,8 @@ class Withdrawal:
         )
         now = types.now()
         for held in self._held.values():
-            judge(held.model.evidence, held.ref, newer, now=now)
-            newer.check_formats(held.model.names)
+            judge(held.evidence, held.ref, newer, now=now)
+            newer.check_formats(held.names)
 
     def _newer(self) -> TrustPolicy | None:
         try:

@@ -7,10 +7,11 @@ itself would follow such changes, even a private one.
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from ztserve.artifacts.loading.progress import INTERVAL_S, Meter
 from ztserve.artifacts.registry.protocol import Reader
 from ztserve.artifacts.statements.serialization import (
     WHOLE_FILES,
@@ -23,6 +24,8 @@ _CHUNK = 2 << 20
 """Bytes read and then hashed while they are still in the processor's cache."""
 _PIECE = 32 << 20
 """Bytes that a thread takes at once of a file in shards: it opens the file for them."""
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's, on x86 and Arm; Python names it since 3.13."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Spans of one file that one thread reads, one after the other."""
 
     name: str
@@ -45,6 +48,7 @@ class _Piece:
 
     @property
     def size(self) -> int:
+        """Return its bytes."""
         return self.spans[-1][1] - self.spans[0][0]
 
 
@@ -60,6 +64,7 @@ def read_all(
     serialization: Serialization = WHOLE_FILES,
     max_bytes: int | None = None,
     allocate: Callable[[Mapping[str, int]], Mapping[str, memoryview]] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, Buffer]:
     """Read the files named in `sizes` and hash them as `serialization` says.
 
@@ -67,6 +72,7 @@ def read_all(
     shards, each at some shards, so that also one big file keeps them all busy.
     `open_file` is called once for each such piece, and no Reader is used by two.
     `allocate` gives the memory of these sizes (default: private to this process).
+    `meter` counts, and tells of progress on this thread.
 
     Refuses before reading where they need more than `max_bytes` together (default:
     the machine's memory). Raises RegistryError, VerificationError, or what
@@ -82,17 +88,22 @@ def read_all(
     serialization.new_hash()  # where it is not installed: before the memory is taken
     views = (allocate or _private_memories)(sizes)
     pieces = [
-        _Piece(name, view, spans)
+        Piece(name, view, spans)
         for name, view in views.items()
-        for spans in _shares(serialization.spans(len(view)))
+        for spans in shares(serialization.spans(len(view)))
     ]
     digests: dict[str, list[str]] = {name: [] for name in sizes}
-    _read_pieces(open_file, pieces, serialization, digests)
+    if meter is not None:
+        meter.begin(total)
+    for piece, found in zip(
+        pieces, read_pieces(open_file, pieces, serialization, meter), strict=True
+    ):
+        digests[piece.name].extend(found)
     return {name: Buffer(views[name], tuple(digests[name])) for name in sizes}
 
 
-def _shares(spans: list[Span]) -> Iterator[list[Span]]:
-    """Cut a file's spans into lists of at least `_PIECE` bytes, but for the last."""
+def shares(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """Cut adjoining spans into lists of at least `_PIECE` bytes, but for the last."""
     share: list[Span] = []
     for span in spans:
         share.append(span)
@@ -103,27 +114,44 @@ def _shares(spans: list[Span]) -> Iterator[list[Span]]:
         yield share
 
 
-def _read_pieces(
+def read_pieces(
     open_file: Callable[[str], Reader],
-    pieces: list[_Piece],
+    pieces: Sequence[Piece],
     serialization: Serialization,
-    digests: dict[str, list[str]],
-) -> None:
-    """Read all pieces, the largest first; add each file's digests in order."""
+    meter: Meter | None = None,
+) -> list[list[str]]:
+    """Read all pieces into their places, the largest first; return their digests.
+
+    Hex digits, by piece and span. Errors as of `read_all`.
+    """
     pool = ThreadPoolExecutor(os.cpu_count() or 1, "ztserve-artifacts")
     try:
         reads = {
-            number: pool.submit(_read, open_file, pieces[number], serialization)
+            number: pool.submit(_read, open_file, pieces[number], serialization, meter)
             for number in sorted(range(len(pieces)), key=lambda n: -pieces[n].size)
         }
-        for number, piece in enumerate(pieces):
-            digests[piece.name].extend(reads[number].result())
+        if meter is not None:
+            _report(meter, reads.values())
+        return [reads[number].result() for number in range(len(pieces))]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _report(meter: Meter, reads: Collection[Future[list[str]]]) -> None:
+    """Tell of progress until all is read, or something fails."""
+    going: Collection[Future[list[str]]] = reads
+    while going:
+        done, going = wait(going, INTERVAL_S, return_when=FIRST_EXCEPTION)
+        meter.report()
+        if any(read.exception() for read in done):
+            return
+
+
 def _read(
-    open_file: Callable[[str], Reader], piece: _Piece, serialization: Serialization
+    open_file: Callable[[str], Reader],
+    piece: Piece,
+    serialization: Serialization,
+    meter: Meter | None,
 ) -> list[str]:
     """Read a piece into its place; return the digest of each of its spans."""
     digests = []
@@ -139,11 +167,16 @@ def _read(
             while hashed < end:
                 if hashed == filled:  # chunks are read whole, however small the shards
                     chunk = piece.view[filled : min(filled + _CHUNK, last)]
-                    filled += _read_into(reader, chunk, filled, piece.name)
+                    read = _read_into(reader, chunk, filled, piece.name)
+                    filled += read
+                    if meter is not None:
+                        meter.read(read)
                 upto = min(filled, end)
                 digest.update(piece.view[hashed:upto])
                 hashed = upto
             digests.append(digest.hexdigest())
+            if meter is not None:
+                meter.hashed(piece.name, (start, end), digests[-1])
     return digests
 
 
@@ -160,14 +193,21 @@ def _read_into(reader: Reader, view: memoryview, offset: int, name: str) -> int:
 
 
 def _private_memories(sizes: Mapping[str, int]) -> Mapping[str, memoryview]:
-    return {name: _private_memory(size) for name, size in sizes.items()}
+    return {name: private_memory(size) for name, size in sizes.items()}
 
 
-def _private_memory(size: int) -> memoryview:
+def private_memory(size: int, *, reserve: bool = True) -> memoryview:
+    """Return so many bytes of zeros of our own; RegistryError where there are none.
+
+    Without `reserve` there may be more of them than the machine has memory: they take
+    some only where they are written to.
+    """
     if size == 0:
         return memoryview(bytearray())
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flags |= 0 if reserve else _MAP_NORESERVE
     try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, size, flags=flags)
     except (OSError, OverflowError) as error:
         raise RegistryError(f"no memory for a file of {size} bytes") from error
     # No huge pages: on a virtual machine that gives free memory back, the host has to

@@ -2,23 +2,27 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
+from typing import TypeAlias
 
 from ztserve import types
-from ztserve.artifacts.loading.buffers import Buffer
-from ztserve.artifacts.loading.content import check_contents, check_suffixes
+from ztserve.artifacts.loading.buffers import Buffer, physical_memory
+from ztserve.artifacts.loading.content import WEIGHTS, check_contents, check_suffixes
+from ztserve.artifacts.loading.header import Layout
 from ztserve.artifacts.loading.judging import Purpose, gather, judge
 from ztserve.artifacts.loading.memory import Memory, PrivateMemory, Wanted
 from ztserve.artifacts.loading.model import VerifiedModel
+from ztserve.artifacts.loading.progress import Meter, Tell
+from ztserve.artifacts.loading.shards import Shards, difference
 from ztserve.artifacts.registry.protocol import Registry, open_registry
-from ztserve.artifacts.statements.manifest import Manifest, SignedFile
-from ztserve.artifacts.statements.serialization import Serialization
+from ztserve.artifacts.statements.manifest import Manifest
 from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.errors import VerificationError
 from ztserve.types import ModelRef
 
 
-def verify_model(
+def verify_model(  # noqa: PLR0913 - what one may want to say, each with a default
     source: Registry | str | os.PathLike[str],
     ref: ModelRef | str,
     trust: TrustPolicy,
@@ -27,6 +31,8 @@ def verify_model(
     purpose: Purpose = "load",
     max_bytes: int | None = None,
     memory: Memory | None = None,
+    lazy: bool = False,
+    progress: Tell | None = None,
 ) -> VerifiedModel:
     """Return the model that `ref` names, after these steps:
 
@@ -52,12 +58,26 @@ def verify_model(
     a deployer to look at, not to serve.
     `max_bytes` bounds the memory for the files (default: the machine's). `memory` has
     step 7 done elsewhere than in this process's own: whose digests it gives, it proves.
+    `progress` is called on this thread as the files are read here, ten times a second
+    at most and once at the end; what it raises ends the loading.
+
+    With `lazy`, of the weight files only the headers are read in steps 7 and 8, and
+    the model reads and verifies each shard of them when its tensors are first asked
+    for: so a rank reads its part alone, where the model was signed with shards (else
+    a shard is a whole file). All else is as above, and no byte is given out that was
+    not verified; **of bytes that were not asked for nobody says that they are good**
+    (`VerifiedModel.unread`). Not for purpose ``deploy``, which is to look at all, nor
+    with a `memory`, which has all read.
 
     Raises RegistryError where the registry is away or answers nonsense (waiting may
     help), VerificationError where a check does not hold (waiting does not help).
     """
     if purpose not in {"load", "deploy"}:
         raise ValueError(f"purpose {purpose!r} is neither 'load' nor 'deploy'")
+    if lazy and purpose == "deploy":
+        raise ValueError("a model is released whole: purpose 'deploy' cannot be lazy")
+    if lazy and memory is not None:
+        raise ValueError("a lazy model has memory of its own: leave `memory` out")
     ref = ModelRef(ref) if isinstance(ref, str) else ref
     registry = (
         open_registry(source) if isinstance(source, str | os.PathLike) else source
@@ -75,20 +95,20 @@ def verify_model(
     check_suffixes(listed)
     trust.check_formats(listed)
     check_sizes(manifest, listed)
-    # 7.
-    buffers = (memory or PrivateMemory()).fill(
-        Wanted(
-            found.ref,
-            listed,
-            manifest.serialization,
-            lambda name: registry.open(found, name),
-            max_bytes,
-        )
+    # 7. and 8.
+    want = Wanted(
+        found.ref,
+        listed,
+        manifest.serialization,
+        lambda name: registry.open(found, name),
+        max_bytes,
+        Meter(progress, manifest) if progress else None,
     )
-    check_digests(manifest, buffers)
-    # 8.
-    files = {name: buffer.view for name, buffer in buffers.items()}
-    layouts = check_contents(files)
+    files, layouts, shards = (
+        _lazily(want, manifest)
+        if lazy
+        else _whole(want, manifest, memory or PrivateMemory())
+    )
     # 9.
     return VerifiedModel(
         name=ref.name,
@@ -96,7 +116,37 @@ def verify_model(
         evidence=evidence,
         files=files,
         layouts=layouts,
+        shards=shards,
     )
+
+
+_Content: TypeAlias = tuple[
+    Mapping[str, memoryview], Mapping[str, Layout], Shards | None
+]
+
+
+def _whole(want: Wanted, manifest: Manifest, memory: Memory) -> _Content:
+    """Read, hash and look into all of every file; return what the model is made of."""
+    files = _filled(want, manifest, memory)
+    return files, check_contents(files), None
+
+
+def _lazily(want: Wanted, manifest: Manifest) -> _Content:
+    """Do the same with all but weights, and with the headers of those."""
+    weights = {name: n for name, n in want.sizes.items() if name.endswith(WEIGHTS)}
+    others = {name: n for name, n in want.sizes.items() if name not in weights}
+    files = _filled(replace(want, sizes=others), manifest, PrivateMemory())
+    limit = physical_memory() if want.max_bytes is None else want.max_bytes
+    limit -= sum(others.values())
+    shards = Shards(want.open, manifest, weights, max_bytes=limit)
+    heads = {name: shards.header(name) for name in weights}
+    return files, check_contents(files | heads, want.sizes), shards
+
+
+def _filled(want: Wanted, manifest: Manifest, memory: Memory) -> dict[str, memoryview]:
+    buffers = memory.fill(want)
+    check_digests(manifest, buffers)
+    return {name: buffer.view for name, buffer in buffers.items()}
 
 
 def check_closed(manifest: Manifest, listed: Mapping[str, int]) -> None:
@@ -128,22 +178,20 @@ def check_sizes(manifest: Manifest, listed: Mapping[str, int]) -> None:
 
 
 def check_digests(manifest: Manifest, buffers: Mapping[str, Buffer]) -> None:
-    """Raise VerificationError unless every file, or shard, has its signed digest."""
+    """Raise VerificationError unless each file, or shard, has its signed digest."""
     for name, signed in manifest.files.items():
-        if buffers[name].digests != signed.digests:
+        if name in buffers and buffers[name].digests != signed.digests:
             raise VerificationError(
                 f"{name!r} was changed after signing: "
-                + _first_change(manifest.serialization, signed, buffers[name])
+                + _first_change(manifest, name, buffers[name])
             )
 
 
-def _first_change(how: Serialization, signed: SignedFile, buffer: Buffer) -> str:
-    if len(buffer.digests) != len(signed.digests):
-        return f"it has {len(buffer.digests)} shards, signed were {len(signed.digests)}"
-    rows = zip(how.spans(len(buffer.view)), buffer.digests, signed.digests, strict=True)
-    (start, end), found, expected = next(row for row in rows if row[1] != row[2])
-    title = how.hash_type.replace("sha", "SHA-").replace("blake", "BLAKE")
-    what = (
-        f"the {title} of its bytes {start} to {end}" if signed.size else f"its {title}"
-    )
-    return f"{what} is {found}, signed was {expected}"
+def _first_change(manifest: Manifest, name: str, buffer: Buffer) -> str:
+    signed = manifest.files[name].digests
+    if len(buffer.digests) != len(signed):
+        return f"it has {len(buffer.digests)} shards, signed were {len(signed)}"
+    spans = manifest.serialization.spans(len(buffer.view))
+    rows = zip(spans, buffer.digests, signed, strict=True)
+    span, found, expected = next(row for row in rows if row[1] != row[2])
+    return difference(manifest, name, span, found, expected)

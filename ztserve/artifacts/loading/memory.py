@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ztserve.artifacts.loading.buffers import Buffer, read_all
+from ztserve.artifacts.loading.progress import Meter
 from ztserve.artifacts.registry.protocol import Reader
 from ztserve.artifacts.statements.serialization import Serialization
 from ztserve.types import ModelRef
@@ -23,6 +24,8 @@ class Wanted:
     open: Callable[[str], Reader]
     max_bytes: int | None = None
     """Most bytes of memory; None: the machine's."""
+    meter: Meter | None = None
+    """Counts what is read by this process."""
 
 
 class Memory(Protocol):
@@ -45,4 +48,5 @@ class PrivateMemory:
             wanted.sizes,
             serialization=wanted.serialization,
             max_bytes=wanted.max_bytes,
+            meter=wanted.meter,
         )

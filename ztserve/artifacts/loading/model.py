@@ -8,18 +8,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ztserve.artifacts.loading.header import DTYPES, Extent, Layout
+from ztserve.artifacts.loading.header import DTYPES, Extent, Layout, check_values
 from ztserve.artifacts.loading.judging import Evidence, Judged
+from ztserve.artifacts.loading.shards import Shards
+from ztserve.artifacts.statements.strict import Malformed
 from ztserve.errors import VerificationError
 
 if TYPE_CHECKING:
     import torch
 
+_AHEAD = 256 << 20
+"""Bytes of weights that a lazy model reads at once, by all cores."""
+
 
 class VerifiedModel:
     """The files of one model, each byte of which was signed. Made by `verify_model`.
 
-    Holds the very memory that was hashed; stays in the process that verified it.
+    Holds the very memory that was hashed; stays in the process that verified it. A
+    lazy one holds only what was asked for so far; to get at weights verifies them,
+    and raises VerificationError, or RegistryError, where that fails.
     """
 
     def __init__(
@@ -30,6 +37,7 @@ class VerifiedModel:
         evidence: Evidence,
         files: Mapping[str, memoryview],
         layouts: Mapping[str, Layout],
+        shards: Shards | None = None,
     ) -> None:
         self.name = name
         self.release = judged.release
@@ -43,6 +51,10 @@ class VerifiedModel:
         """Its statements as the registry gave them, to be judged again."""
         self._files = files
         self._layouts = layouts
+        self._homes = {
+            name: file for file, layout in sorted(layouts.items()) for name in layout
+        }
+        self._shards = shards
         self._directory: Path | None = None
 
     def __repr__(self) -> str:
@@ -62,7 +74,17 @@ class VerifiedModel:
     @property
     def names(self) -> tuple[str, ...]:
         """The signed files, sorted."""
-        return tuple(sorted(self._files))
+        return tuple(sorted(self._files.keys() | self._layouts.keys()))
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor by its name; reads nothing."""
+        return {name: self._extent(name).shape for name in self._homes}
+
+    @property
+    def unread(self) -> int:
+        """Bytes of weights that were not read, and so not verified; 0 unless lazy."""
+        return 0 if self._shards is None else self._shards.unread
 
     def read(self, name: str) -> bytes:
         """Return the content of a signed file other than weights.
@@ -86,11 +108,78 @@ class VerifiedModel:
         Without `device` they lie over the verified memory itself: nothing is copied,
         and what is written into one is seen by all that share it.
         """
-        for file, layout in sorted(self._layouts.items()):
-            for name, extent in layout.items():
-                if prefix is None or name.startswith(prefix):
-                    tensor = _tensor(self._files[file], extent)
-                    yield name, tensor if device is None else tensor.to(device)
+        for names in self._batches(prefix or ""):
+            if self._shards is not None:
+                extents = ((self._homes[name], self._extent(name)) for name in names)
+                self._shards.require((file, (e.start, e.end)) for file, e in extents)
+            for name in names:
+                yield name, self.tensor(name, device)
+
+    def tensor(
+        self, name: str, device: "torch.device | str | None" = None
+    ) -> "torch.Tensor":
+        """Return one of the weights, as `tensors` does.
+
+        Raises VerificationError for a name that none has.
+        """
+        return self._built(name, self._extent(name), device)
+
+    def rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        device: "torch.device | str | None" = None,
+    ) -> "torch.Tensor":
+        """Return the rows `start` to `stop` (first dimension) of one of the weights.
+
+        What a tensor-parallel rank holds of it: rows n * rank // ranks to
+        n * (rank + 1) // ranks of n. A lazy model reads the shards that cover them.
+        Raises ValueError where there are no such rows.
+        """
+        return self._built(name, self._extent(name).rows(start, stop), device)
+
+    def _batches(self, prefix: str) -> Iterator[list[str]]:
+        """Cut the names that begin with `prefix` into lists of some `_AHEAD` bytes."""
+        names: list[str] = []
+        size = 0
+        for name in self._homes:
+            if name.startswith(prefix):
+                names.append(name)
+                size += self._extent(name).end - self._extent(name).start
+            if size >= _AHEAD:
+                yield names
+                names, size = [], 0
+        if names:
+            yield names
+
+    def _extent(self, name: str) -> Extent:
+        if name not in self._homes:
+            raise VerificationError(
+                f"{self.name} has no tensor {name!r}; it has {len(self._homes)}, see "
+                "shapes"
+            )
+        return self._layouts[self._homes[name]][name]
+
+    def _built(
+        self, name: str, extent: Extent, device: "torch.device | str | None"
+    ) -> "torch.Tensor":
+        tensor = _tensor(self._content(name, extent), extent)
+        return tensor if device is None else tensor.to(device)
+
+    def _content(self, name: str, extent: Extent) -> memoryview:
+        """Return the bytes of a tensor, or of rows of it; all were verified."""
+        file = self._homes[name]
+        if self._shards is None:
+            return self._files[file][extent.start : extent.end]
+        content = self._shards.content(file, extent.start, extent.end)
+        try:
+            check_values(name, extent, content)
+        except Malformed as error:
+            raise VerificationError(
+                f"{file} is not sound safetensors: {error}"
+            ) from error
+        return content
 
     def directory(self) -> Path:
         """Return a private, read-only directory of the signed files but the weights.
@@ -109,15 +198,14 @@ class VerifiedModel:
         return self._directory
 
 
-def _tensor(file: memoryview, extent: Extent) -> "torch.Tensor":
+def _tensor(content: memoryview, extent: Extent) -> "torch.Tensor":
     import torch
 
     title, width = DTYPES[extent.dtype]
     dtype: torch.dtype = getattr(torch, title)
-    size = extent.end - extent.start
-    if size == 0:
+    if not content:
         return torch.empty(extent.shape, dtype=dtype)
-    flat = torch.frombuffer(file, dtype=torch.uint8, count=size, offset=extent.start)
+    flat = torch.frombuffer(content, dtype=torch.uint8)
     if extent.start % width:
         flat = flat.clone()  # an odd header length leaves the data unaligned
     return flat.view(dtype).view(extent.shape)
