@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ztserve import config, types
 from ztserve.artifacts import publish, verify_model
-from ztserve.cli import certified, signer
+from ztserve.cli import certified, reading, signer
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
 
@@ -32,7 +32,10 @@ def run(chosen: argparse.Namespace) -> int:
     if ref.version is None:
         raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
     trust = config.load_trust(settings)
-    looked_at = verify_model(chosen.directory, ref, trust, purpose="deploy")
+    with reading.bar(f"verifying {ref} for its release") as progress:
+        looked_at = verify_model(
+            chosen.directory, ref, trust, purpose="deploy", progress=progress
+        )
     path = chosen.key or settings.state / "keys/deployer.pem"
     key = certified.signer(
         chosen, lambda: signer.load(path, chosen.passphrase_file), "deployer"
@@ -53,7 +56,8 @@ def run(chosen: argparse.Namespace) -> int:
         ),
         digest=digest,
     )
-    verify_model(chosen.directory, ref.pinned(digest), trust)
+    with reading.bar(f"verifying {ref} as a replica") as progress:
+        verify_model(chosen.directory, ref.pinned(digest), trust, progress=progress)
     model = publish.publish(
         chosen.directory,
         chosen.registry or settings.artifacts.folder,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ztserve import config, types
 from ztserve.artifacts import Check, verify_model
-from ztserve.cli import show
+from ztserve.cli import reading, show
 from ztserve.errors import RegistryError
 
 HEADS = ("stage", "checked", "signed_by", "when", "rule")
@@ -35,9 +35,15 @@ def run(chosen: argparse.Namespace) -> int:
     now = types.now()
     try:
         source = chosen.source or config.open_registry(settings)
-        model = verify_model(
-            source, chosen.model, trust, now=now, purpose=chosen.purpose
-        )
+        with reading.bar(f"verifying {chosen.model}") as progress:
+            model = verify_model(
+                source,
+                chosen.model,
+                trust,
+                now=now,
+                purpose=chosen.purpose,
+                progress=progress,
+            )
     except RegistryError as error:
         if chosen.source is None and Path(chosen.model).is_dir():
             raise RegistryError(
