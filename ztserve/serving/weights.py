@@ -137,16 +137,19 @@ class Weights:
         resolved = self._patiently(lambda: registry.resolve(ref))
         pinned = ref.pinned(self._pin(part, resolved.digest))
         reading = _Reading(pinned)
-        model = self._patiently(
-            lambda: verify_model(
-                registry,
-                pinned,
-                trust,
-                memory=self._memory,
-                lazy=self._lazy,
-                progress=reading,
-            )
-        )
+
+        def attempt() -> VerifiedModel:
+            with reading:
+                return verify_model(
+                    registry,
+                    pinned,
+                    trust,
+                    memory=self._memory,
+                    lazy=self._lazy,
+                    progress=reading,
+                )
+
+        model = self._patiently(attempt)
         self.held[part] = Held(pinned, model.evidence, model.names)
         self._log.event(
             "model-verified",
@@ -155,7 +158,7 @@ class Weights:
             digest=model.digest,
             signers=", ".join(map(str, model.signers)),
             trust_policy=f"version {trust.version}, {trust.digest}",
-            verified_bytes=reading.verified,
+            bytes=model.size,
             unread_bytes=model.unread,
             seconds=round(reading.seconds, 3),
         )
@@ -176,7 +179,7 @@ class Weights:
 
 
 class _Reading:
-    """Follows the reading of one model; a long one has a line of the log now and then.
+    """Follows the verifying of one model; a long one has a line of the log at times.
 
     Of a lazy model it sees what is read at once, not the weights.
     """
@@ -184,11 +187,17 @@ class _Reading:
     def __init__(self, ref: ModelRef) -> None:
         self._ref = ref
         self._next = _TELL_S
-        self.verified = 0
+        self._began = 0.0
         self.seconds = 0.0
+        """What the last attempt took."""
+
+    def __enter__(self) -> None:
+        self._began, self._next = time.monotonic(), _TELL_S
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._began
 
     def __call__(self, progress: Progress) -> None:
-        self.verified, self.seconds = progress.verified, progress.seconds
         if progress.seconds >= self._next:
             self._next = progress.seconds + _TELL_S
             _LOG.info("loading %s: %s", self._ref, progress)

@@ -45,6 +45,8 @@ ELSEWHERE = [
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("value", ELSEWHERE, ids=str)
 def test_a_configuration_that_points_out_of_the_model_is_refused(field, value):
+    with pytest.raises(VerificationError, match=r"model_index.json points out of the"):
+        check({"model_index.json": config(**{field: value})})
     files = {"adapter_config.json": config(deep=[{field: value}])}
     with pytest.raises(VerificationError) as caught:
         check(files)

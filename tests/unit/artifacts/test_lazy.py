@@ -53,6 +53,7 @@ def test_a_lazy_model_gives_the_same_tensors(load, shard_size):
         torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in WEIGHTS.items()
     )
     assert model.unread == 0
+    assert model.size == load(lazy=False).size
 
 
 def test_a_prefix_reads_only_what_it_covers(load):

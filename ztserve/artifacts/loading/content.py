@@ -58,8 +58,9 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
 )
 
 
-_CONFIGURATION = re.compile(r"config[^/]*\.json\Z", re.IGNORECASE)
-"""Also ``config.4.0.0.json``, which transformers reads where config.json says so."""
+_CONFIGURATION = re.compile(r"(config[^/]*|model_index)\.json\Z", re.IGNORECASE)
+"""Also ``config.4.0.0.json``, which transformers reads where config.json says so, and
+what diffusers calls its own."""
 
 
 def check_suffixes(names: Collection[str]) -> None:

@@ -82,6 +82,12 @@ class VerifiedModel:
         return {name: self._extent(name).shape for name in self._homes}
 
     @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        weights = 0 if self._shards is None else self._shards.size
+        return sum(map(len, self._files.values())) + weights
+
+    @property
     def unread(self) -> int:
         """Bytes of weights that were not read, and so not verified; 0 unless lazy."""
         return 0 if self._shards is None else self._shards.unread

@@ -65,9 +65,14 @@ class Shards:
         self._lock = threading.Lock()
 
     @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(map(len, self._views.values()))
+
+    @property
     def unread(self) -> int:
         """Bytes of the files that nobody asked for, and so nobody verified."""
-        return sum(map(len, self._views.values())) - self._taken
+        return self.size - self._taken
 
     def content(self, name: str, start: int, end: int) -> memoryview:
         """Return the bytes from `start` to `end` of a file, verified; see `require`."""
