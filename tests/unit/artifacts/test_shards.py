@@ -238,7 +238,8 @@ def test_a_thread_that_waits_for_another_gets_its_refusal_too():
     assert len(disk.reads) == 1
 
 
-def test_an_interrupted_read_leaves_nobody_waiting():
+def test_an_interrupted_read_leaves_nobody_waiting_and_is_not_tried_again():
+    """A thread of it may still write: not into what would be verified since."""
     disk = Disk(f=CONTENT)
     shards = shards_of(disk)
 
@@ -249,7 +250,25 @@ def test_an_interrupted_read_leaves_nobody_waiting():
     with pytest.raises(KeyboardInterrupt):
         shards.content("f", 0, 10)
     disk.before_read = lambda *_: None
-    assert shards.content("f", 0, 10) == CONTENT[:10]
+    for _ in range(2):
+        with pytest.raises(RegistryError, match="was interrupted: verify the model an"):
+            shards.content("f", 0, 10)
+    assert shards.content("f", 10, 20) == CONTENT[10:20]
+    assert disk.reads == [("f", 10, 20)]
+
+
+def test_what_failed_counts_as_memory_but_once():
+    disk = Disk(f=CONTENT)
+    shards = shards_of(disk, max_bytes=20)
+    disk.files["f"] = b"X" * len(CONTENT)
+    for _ in range(3):
+        with pytest.raises(VerificationError):
+            shards.content("f", 0, 20)
+    with pytest.raises(RegistryError, match=r"30 bytes of weights .* limit of 20"):
+        shards.content("f", 20, 30)
+    assert shards.unread == len(CONTENT)
+    disk.files["f"] = CONTENT
+    assert shards.content("f", 0, 20) == CONTENT[:20]
 
 
 def test_the_shards_of_one_range_are_read_by_several_threads(monkeypatch):

@@ -27,6 +27,11 @@ from ztserve.errors import RegistryError, VerificationError
 
 _Shard: TypeAlias = tuple[str, int]
 """A file, and the number of a shard of it."""
+_TAKEN, _VERIFIED = 1, 2
+"""How a shard stands: memory is taken for it; it is there. (0: neither.)"""
+_INTERRUPTED = (
+    "reading these weights was interrupted: verify the model anew to have them"
+)
 
 
 class Shards:
@@ -61,7 +66,13 @@ class Shards:
         }
         self._max_bytes = max_bytes
         self._taken = 0
+        """Bytes of memory written to, if only by a read that failed."""
+        self._verified = 0
+        self._state = {
+            name: bytearray(len(spans)) for name, spans in self._spans.items()
+        }
         self._reads: dict[_Shard, Future[None]] = {}
+        """Those going on."""
         self._lock = threading.Lock()
 
     @property
@@ -72,7 +83,7 @@ class Shards:
     @property
     def unread(self) -> int:
         """Bytes of the files that nobody asked for, and so nobody verified."""
-        return self.size - self._taken
+        return self.size - self._verified
 
     def content(self, name: str, start: int, end: int) -> memoryview:
         """Return the bytes from `start` to `end` of a file, verified; see `require`."""
@@ -103,18 +114,29 @@ class Shards:
         mine, others = self._claim(ranges)
         try:
             self._read(list(mine))
-        except BaseException as error:
-            with self._lock:
-                for shard in mine:
-                    del self._reads[shard]
-                    self._taken -= self._size(shard)
+        except Exception as error:
+            self._end(mine, _TAKEN)
             for read in mine.values():
                 read.set_exception(error)
             raise
+        except BaseException:
+            # A thread may go on to write there: these shards are never read again.
+            for read in mine.values():
+                read.set_exception(RegistryError(_INTERRUPTED))
+            raise
+        self._end(mine, _VERIFIED)
         for read in mine.values():
             read.set_result(None)
         for read in others:
             read.result()
+
+    def _end(self, shards: Iterable[_Shard], state: int) -> None:
+        with self._lock:
+            for shard in shards:
+                name, number = shard
+                self._state[name][number] = state
+                self._verified += self._size(shard) if state == _VERIFIED else 0
+                del self._reads[shard]
 
     def _claim(
         self, ranges: Iterable[tuple[str, Span]]
@@ -126,9 +148,10 @@ class Shards:
             for shard in self._covering(ranges):
                 if shard in self._reads:
                     others.append(self._reads[shard])
-                else:
+                elif self._stands(shard) != _VERIFIED:
                     mine[shard] = Future()
-            more = sum(map(self._size, mine))
+            fresh = (shard for shard in mine if self._stands(shard) != _TAKEN)
+            more = sum(map(self._size, fresh))
             if self._taken + more > self._max_bytes:
                 raise RegistryError(
                     f"{self._taken + more} bytes of weights are needed in memory, more "
@@ -146,6 +169,9 @@ class Shards:
                 for number in range(start // step, (end - 1) // step + 1):
                     found[name, number] = None
         return sorted(found)
+
+    def _stands(self, shard: _Shard) -> int:
+        return self._state[shard[0]][shard[1]]
 
     def _size(self, shard: _Shard) -> int:
         start, end = self._spans[shard[0]][shard[1]]
