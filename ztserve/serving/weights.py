@@ -98,7 +98,11 @@ class Weights:
             with self._audited(ArtifactError, ConfigError):
                 models = self._all_of(refs, ending) if refs else {}
             with self._audited(ArtifactError):
-                yield models
+                try:
+                    yield models
+                finally:
+                    for model in models.values():
+                        model.close()
 
     def _all_of(
         self, refs: Mapping[str, ModelRef], ending: ExitStack

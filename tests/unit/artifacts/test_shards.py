@@ -109,7 +109,8 @@ def test_nothing_is_read_before_it_is_asked_for():
     shards = shards_of(disk)
     assert (disk.reads, shards.unread) == ([], 2 * len(CONTENT))
     shards.require([("f", (0, 20)), ("g", (990, 1003))])
-    assert sorted(disk.reads) == [("f", 0, 20), ("g", 990, 1003)]
+    assert disk.counts("f") == [1] * 20 + [0] * 983
+    assert disk.counts("g") == [0] * 990 + [1] * 13
     assert shards.unread == 2 * len(CONTENT) - 33
 
 
@@ -257,6 +258,21 @@ def test_an_interrupted_read_leaves_nobody_waiting_and_is_not_tried_again():
     assert disk.reads == [("f", 10, 20)]
 
 
+def test_a_closed_one_gives_what_it_has_and_reads_no_more():
+    disk = Disk(f=CONTENT)
+    shards = shards_of(disk)
+    assert shards.content("f", 0, 10) == CONTENT[:10]
+    shards.close()
+    assert shards.content("f", 0, 10) == CONTENT[:10]
+    with pytest.raises(RegistryError) as caught:
+        shards.content("f", 5, 15)
+    assert str(caught.value) == (
+        "the weights asked for in 'f' were not read while the model was loaded, and "
+        "are read no more: ask for them in load()"
+    )
+    assert disk.counts("f") == [1] * 10 + [0] * 993
+
+
 def test_what_failed_counts_as_memory_but_once():
     disk = Disk(f=CONTENT)
     shards = shards_of(disk, max_bytes=20)
@@ -272,7 +288,6 @@ def test_what_failed_counts_as_memory_but_once():
 
 
 def test_the_shards_of_one_range_are_read_by_several_threads(monkeypatch):
-    monkeypatch.setattr(buffers, "_PIECE", STEP)
     monkeypatch.setattr(buffers.os, "cpu_count", lambda: 2)
     disk, meet = Disk(f=CONTENT), threading.Barrier(2)
     disk.before_read = lambda *_: meet.wait(10)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from ztserve import ModelRef, TensorSpec, ZTDeployment
 from ztserve.artifacts.publish import signing
-from ztserve.errors import ConfigError, VerificationError
+from ztserve.errors import ConfigError, InferenceError, VerificationError
 from ztserve.serving import weights
 from ztserve.testing import serve
 
@@ -75,6 +75,24 @@ def test_a_deployment_that_is_not_lazy_has_nothing_unread(folder):
     size = (folder / "model.safetensors").stat().st_size
     assert (event["unread_bytes"], event["bytes"]) == (0, size)
     assert 0 < event["seconds"] < 60
+
+
+def test_weights_are_read_in_load_and_never_later(folder):
+    class Late(Half):
+        service = "half"
+
+        def load(self, model):
+            super().load(model)
+            self.model = model
+
+        def predict(self, x):
+            return x + self.model.rows("w", ROWS // 2, ROWS).sum()
+
+    with serve(Late, model=folder) as served:
+        with pytest.raises(InferenceError):
+            served.client.infer({"x": [[1.0]]})
+        told = [r for r in served.records() if "ask for them in load()" in str(r)]
+    assert told
 
 
 def poison(folder):

@@ -102,12 +102,16 @@ def read_all(
     return {name: Buffer(views[name], tuple(digests[name])) for name in sizes}
 
 
-def shares(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Cut adjoining spans into lists of at least `_PIECE` bytes, but for the last."""
+def shares(spans: Iterable[Span], least: int | None = None) -> Iterator[list[Span]]:
+    """Cut adjoining spans into lists of `least` bytes or more, but for the last.
+
+    `least` is `_PIECE` at most, and where it is not given.
+    """
+    least = _PIECE if least is None else min(least, _PIECE)
     share: list[Span] = []
     for span in spans:
         share.append(span)
-        if span[1] - share[0][0] >= _PIECE:
+        if span[1] - share[0][0] >= least:
             yield share
             share = []
     if share:

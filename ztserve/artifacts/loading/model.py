@@ -187,6 +187,15 @@ class VerifiedModel:
             ) from error
         return content
 
+    def close(self) -> None:
+        """Have weights that were not read so far be read no more: RegistryError.
+
+        Called when loading ends, and the way to the registry with it. May be called
+        again; what was read stays.
+        """
+        if self._shards is not None:
+            self._shards.close()
+
     def directory(self) -> Path:
         """Return a private, read-only directory of the signed files but the weights.
 

@@ -7,6 +7,7 @@ reads is refused at the shard that was read too late.
 """
 
 import hmac
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -29,6 +30,10 @@ _Shard: TypeAlias = tuple[str, int]
 """A file, and the number of a shard of it."""
 _TAKEN, _VERIFIED = 1, 2
 """How a shard stands: memory is taken for it; it is there. (0: neither.)"""
+_CLOSED = (
+    "the weights asked for in {!r} were not read while the model was loaded, and are "
+    "read no more: ask for them in load()"
+)
 _INTERRUPTED = (
     "reading these weights was interrupted: verify the model anew to have them"
 )
@@ -74,6 +79,7 @@ class Shards:
         self._reads: dict[_Shard, Future[None]] = {}
         """Those going on."""
         self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def size(self) -> int:
@@ -103,6 +109,10 @@ class Shards:
             raise VerificationError(
                 f"{name} is not sound safetensors: {error}"
             ) from error
+
+    def close(self) -> None:
+        """Read no more; what was read stays."""
+        self._closed = True
 
     def require(self, ranges: Iterable[tuple[str, Span]]) -> None:
         """Read and verify the shards that cover these ranges of files, in parallel.
@@ -150,6 +160,8 @@ class Shards:
                     others.append(self._reads[shard])
                 elif self._stands(shard) != _VERIFIED:
                     mine[shard] = Future()
+            if mine and self._closed:
+                raise RegistryError(_CLOSED.format(sorted(mine)[0][0]))
             fresh = (shard for shard in mine if self._stands(shard) != _TAKEN)
             more = sum(map(self._size, fresh))
             if self._taken + more > self._max_bytes:
@@ -179,10 +191,12 @@ class Shards:
 
     def _read(self, shards: list[_Shard]) -> None:
         """Read shards into their places; raise VerificationError at a wrong one."""
+        # Little may be asked for at once, and is to keep all cores busy even so.
+        least = sum(map(self._size, shards)) // (os.cpu_count() or 1)
         pieces = [
             Piece(name, self._views[name], share)
             for name, run in _runs(shards)
-            for share in shares(self._spans[name][number] for number in run)
+            for share in shares((self._spans[name][number] for number in run), least)
         ]
         if not pieces:
             return
