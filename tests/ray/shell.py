@@ -128,6 +128,10 @@ class Shell:
             .replace("# trust_root", "trust_root")
         )
 
+    def sign(self, app: str) -> None:
+        """Sign all that decides what runs, as the deployer of the project."""
+        self.run(*ZTSERVE, "bundle", "sign", app)
+
     def start(self, *words: str, **env: str) -> Started:
         log = self.folder / f"{len(self.started)}.log"
         begun = Started(words, self.project, {**self.env, **env}, log)

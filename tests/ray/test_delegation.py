@@ -27,6 +27,7 @@ def shell():
                 "[identity]", '[identity]\nspire_admin_socket = "admin.sock"', 1
             )
         )
+        made.sign("examples.digits:app")
         yield made
 
 

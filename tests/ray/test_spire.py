@@ -38,6 +38,7 @@ def spire():
         ).says("Starting Workload and SDS APIs")
         shell.run("./register.sh")
         shell.produce("ml.example")
+        shell.sign("examples.digits:app")
         shell.env["SPIFFE_ENDPOINT_SOCKET"] = f"unix://{run / 'public/api.sock'}"
         yield shell
 

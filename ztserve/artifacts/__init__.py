@@ -6,6 +6,18 @@ hashed is the very memory that becomes the tensors. Keys, signing and publishing
 the offline half: `ztserve.artifacts.publish`, which nothing that serves imports.
 """
 
+from ztserve.artifacts.deployment.anchor import anchored, check_anchored
+from ztserve.artifacts.deployment.floor import DeploymentFloor
+from ztserve.artifacts.deployment.importing import guard, load_class
+from ztserve.artifacts.deployment.judging import VerifiedDeployment, verify_deployment
+from ztserve.artifacts.deployment.measuring import (
+    LEFT_OUT,
+    Tree,
+    is_found,
+    measure_packages,
+    measure_tree,
+    root_of,
+)
 from ztserve.artifacts.loading.judging import Check, Evidence, judge
 from ztserve.artifacts.loading.loader import verify_model
 from ztserve.artifacts.loading.memory import Memory
@@ -20,6 +32,13 @@ from ztserve.artifacts.registry.protocol import (
     Resolved,
     open_registry,
 )
+from ztserve.artifacts.statements.deployment import (
+    Code,
+    Deployment,
+    Part,
+    canonical,
+)
+from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES
 from ztserve.artifacts.statements.release import Release
 from ztserve.artifacts.trust.floor import Floor
 from ztserve.artifacts.trust.following import FollowedPolicy
@@ -27,13 +46,19 @@ from ztserve.artifacts.trust.policy import TrustPolicy
 from ztserve.artifacts.trust.signers import Role, SignedBy, Signer
 
 __all__ = [
+    "LEFT_OUT",
+    "MAX_BUNDLE_BYTES",
     "Access",
     "Broker",
     "Check",
+    "Code",
+    "Deployment",
+    "DeploymentFloor",
     "Evidence",
     "Floor",
     "FollowedPolicy",
     "Memory",
+    "Part",
     "Progress",
     "Reader",
     "Registry",
@@ -44,10 +69,22 @@ __all__ = [
     "SharedMemory",
     "SignedBy",
     "Signer",
+    "Tree",
     "TrustPolicy",
+    "VerifiedDeployment",
     "VerifiedModel",
+    "anchored",
+    "canonical",
+    "check_anchored",
+    "guard",
+    "is_found",
     "judge",
+    "load_class",
+    "measure_packages",
+    "measure_tree",
     "open_registry",
     "read_access",
+    "root_of",
+    "verify_deployment",
     "verify_model",
 ]

@@ -41,6 +41,8 @@ class Chain:
                 f"segment_bytes > 0, got {reserve_bytes}, {max_bytes}, {segment_bytes}"
             )
         self._path = path
+        self.common = ""
+        """JSON members at the end of each line from now on, each after a comma."""
         self._header = header
         self._max_bytes = max_bytes
         self._open_bytes = max_bytes - reserve_bytes
@@ -74,7 +76,7 @@ class Chain:
         `reserved`: may use the part of the budget kept for refusals. Raises
         AuditError where the line is not, whole and surely, in the file.
         """
-        size = len(fields) + _HEAD_BYTES
+        size = len(fields) + len(self.common) + _HEAD_BYTES
         with self._lock:
             if (
                 not self._whole
@@ -118,7 +120,8 @@ class Chain:
             self._rotate()
 
     def _write(self, fields: str, before: bytes = b"") -> None:
-        line = f'{{"seq":{self._seq + 1},"prev":"{self._prev}",{fields}}}'.encode()
+        place = f'"seq":{self._seq + 1},"prev":"{self._prev}"'
+        line = f"{{{place},{fields}{self.common}}}".encode()
         data = before + line + b"\n"
         # Until the write is known to be whole, the file has to be read again.
         self._whole = False

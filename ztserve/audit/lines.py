@@ -22,6 +22,8 @@ status                                released, refused, failed, cancelled, or
 status_id                             1 released, 0 unfinished, 2 all else
 status_code                           class of the error, e.g. Denied
 status_detail                         its reason, which the caller is not told
+metadata.labels                       ``deployment:sha256:...``, the digest of the
+                                      deployment bundle, once it is verified
 actor.user.uid                        SPIFFE ID of the peer, proved by mTLS
 actor.user.credential_uid             serial of its certificate, hex
 src_endpoint.ip, .port                where the connection came from
@@ -232,6 +234,11 @@ def event(kind: str, fields: Mapping[str, object]) -> str:
         f'"time":"{clock()}","class_uid":6002,"activity_name":{text(kind, 64)}'
         f',"unmapped":{unmapped}'
     )
+
+
+def labels(deployment: str) -> str:
+    """Return the member that names the deployment bundle, for the end of a line."""
+    return f',"metadata":{{"labels":[{text("deployment:" + deployment, 96)}]}}'
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

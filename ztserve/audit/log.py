@@ -76,6 +76,10 @@ class Log:
         fields = lines.handshakes(cause, count, address)
         self._chain.append(fields, reserved=True)
 
+    def bear(self, deployment: str) -> None:
+        """Have each line from now on bear the digest of the deployment bundle."""
+        self._chain.common = lines.labels(deployment)
+
     def flush(self) -> None:
         """Write what has been counted; this also happens once a second by itself."""
         with self._flushing:

@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "attest": "say of a signed model how its evaluation went, or something else",
     "verify": "verify a model as a replica would",
     "publish": "release a signed model as name:version, and put it into the registry",
+    "bundle": "sign all that decides what runs, or hold this node against it",
     "registry": "serve a registry to replicas over mTLS, or push a model to a server",
     "svid": "write the developer's SVID, key and trust bundle to files",
     "quarantine": "refuse a principal or a stolen SVID at once, or let it in again",

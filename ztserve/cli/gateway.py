@@ -3,6 +3,7 @@
 import argparse
 import signal
 import threading
+from dataclasses import replace
 
 from ztserve import config, identity, transport
 from ztserve.errors import ConfigError
@@ -20,6 +21,11 @@ def run(chosen: argparse.Namespace) -> int:
     """Open the edge, say where, and stay until told to stop."""
     identity.harden_process()
     settings = config.load()
+    if chosen.port:
+        # What is signed is where it listens, not what the file says.
+        settings = replace(
+            settings, gateway=replace(settings.gateway, port=chosen.port)
+        )
     if not settings.gateway.deployments:
         raise ConfigError("[gateway] deployments is empty: name what it routes to")
     source = config.obtain_identity(settings, settings.gateway_id)
@@ -32,6 +38,7 @@ def run(chosen: argparse.Namespace) -> int:
         config.open_quarantine(settings) as quarantine,
         config.open_log(settings, where.service, str(where.port), source) as log,
     ):
+        signed = config.admit(settings, log)
         gateway = Gateway(
             source=source,
             policies=config.load_policies(
@@ -40,13 +47,14 @@ def run(chosen: argparse.Namespace) -> int:
                 namespace=where.namespace,
                 # Which models there are is for the deployments to say.
                 operations=None,
+                signed=signed,
             ),
             deployments={
                 name: client(settings, source, name, quarantine, tokens)
                 for name in where.deployments
             },
             log=log,
-            address=(where.host, chosen.port or where.port),
+            address=(where.host, where.port),
             quarantine=quarantine,
         )
         host, port = gateway.start()

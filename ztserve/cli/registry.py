@@ -80,7 +80,12 @@ def _serve(chosen: argparse.Namespace) -> int:
         config.open_log(settings, "registry", str(port), source) as log,
     ):
         server = config.registry_door(
-            settings, registry, source=source, log=log, quarantine=quarantine
+            settings,
+            registry,
+            source=source,
+            log=log,
+            quarantine=quarantine,
+            signed=config.admit(settings, log),
         )
         try:
             server.start(host, range(port, port + 1))

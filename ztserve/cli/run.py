@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ztserve import config
+from ztserve.artifacts import VerifiedDeployment
 from ztserve.errors import ConfigError
 from ztserve.serving.cluster import attached, deploy, replicas
+from ztserve.serving.parts import arguments_of, part_of
 from ztserve.serving.running import check_free
 from ztserve.serving.weights import check_published
 from ztserve.types import ModelRef
@@ -34,16 +36,24 @@ def run(chosen: argparse.Namespace) -> int:
     settings = config.load()
     if chosen.address is None:
         check_free(settings)  # before all else that could be wrong
+    signed = config.load_deployment(settings)
+    if signed is not None:
+        on_path()
+        signed.check_application(chosen.app)
+        config.check_code(settings, signed)
     # Then: a mistake in it shows at once, and replicas import it from where we did.
     app = load(chosen.app)
-    config.check_identity_files(settings)
+    config.check_identity_files(settings, signed)
     config.load_policies(
         settings,
         service="(any)",
         namespace=settings.identity.namespace,
         operations=None,
+        signed=signed,
     )
     wanted = models(chosen.app, app)
+    if signed is not None:
+        check_parts(signed, app)
     if chosen.address is None:  # elsewhere, a replica may see another registry
         unchecked = check_published(settings, wanted)
         if unchecked:
@@ -76,16 +86,33 @@ def load(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ConfigError(f"{name!r}: expected module:app, e.g. examples.digits:app")
-    sys.path.insert(0, str(Path.cwd()))
+    on_path()
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name!r} cannot be imported: {error}") from error
 
 
+def on_path() -> None:
+    """Have modules of the working directory imported, before all others."""
+    here = str(Path.cwd())
+    if sys.path[0] != here:
+        sys.path.insert(0, here)
+
+
+def check_parts(signed: VerifiedDeployment, app: Any) -> None:
+    """Raise VerificationError unless each deployment of `app` is as signed."""
+    from ztserve.serving.binding import bound
+
+    for plan, cls, args, kwargs in bound(app):
+        part = signed.part(part_of(plan, cls, arguments_of(args, kwargs)))
+        for name, ref in plan.models.items():
+            signed.check_ref(part, name, ref)
+
+
 def models(name: str, app: Any) -> list[ModelRef]:
     """Return what an application serves. Raises ConfigError for what is not ours."""
-    from ztserve.serving.binding import is_ours, plans  # with Ray, a second
+    from ztserve.serving.binding import bound, is_ours  # with Ray, a second
 
     if not is_ours(app):
         kind, what = ("the class", app) if isinstance(app, type) else ("a", type(app))
@@ -93,4 +120,4 @@ def models(name: str, app: Any) -> list[ModelRef]:
             f"{name!r} is {kind} {what.__name__}: expected what `bind` of a "
             "ZTDeployment returns, e.g. `app = Price.bind()` and price:app"
         )
-    return [ref for plan in plans(app) for ref in plan.models.values()]
+    return [ref for one in bound(app) for ref in one.plan.models.values()]

@@ -1,5 +1,18 @@
 """What are we told? ztserve.toml and the environment, and rooms built of them."""
 
+from ztserve.config.deployment import (
+    admit,
+    admitted,
+    check_code,
+    is_demanded,
+    left_out,
+    load_deployment,
+    measure_code,
+    named_files,
+    read_bundle,
+    read_named,
+    signed_settings,
+)
 from ztserve.config.environment import (
     before_ray,
     default_environment,
@@ -12,12 +25,11 @@ from ztserve.config.registry import door_listener, open_registry, registry_door
 from ztserve.config.rooms import (
     agent_directory,
     check_identity_files,
+    file_check,
     follow_federation,
-    follow_trust,
     has_agent,
     limits,
     load_policies,
-    load_trust,
     obtain_identity,
     open_log,
     open_quarantine,
@@ -25,27 +37,37 @@ from ztserve.config.rooms import (
     record_refusal,
 )
 from ztserve.config.settings import DEVELOPMENT_DOMAIN, FILE, Settings, entries
+from ztserve.config.trust import follow_trust, load_trust
 from ztserve.config.weights import shared_memory, weights_broker
 
 __all__ = [
     "DEVELOPMENT_DOMAIN",
     "FILE",
     "Settings",
+    "admit",
+    "admitted",
     "agent_directory",
     "before_ray",
+    "check_code",
     "check_identity_files",
     "default_environment",
     "door_listener",
     "endpoint_socket",
     "entries",
+    "file_check",
     "follow_federation",
     "follow_trust",
     "found_file",
     "has_agent",
+    "is_demanded",
+    "left_out",
     "limits",
     "load",
+    "load_deployment",
     "load_policies",
     "load_trust",
+    "measure_code",
+    "named_files",
     "obtain_identity",
     "open_log",
     "open_quarantine",
@@ -53,8 +75,11 @@ __all__ = [
     "open_tokens",
     "process_environment",
     "ray_auth_mode",
+    "read_bundle",
+    "read_named",
     "record_refusal",
     "registry_door",
     "shared_memory",
+    "signed_settings",
     "weights_broker",
 ]

@@ -164,6 +164,7 @@ def _located(settings: Settings) -> Settings:
             and base / artifacts.registry_credentials,
             trust_policy=base / artifacts.trust_policy,
             trust_root=artifacts.trust_root and base / artifacts.trust_root,
+            deployment_bundle=base / artifacts.deployment_bundle,
         ),
         authorization=replace(
             settings.authorization,

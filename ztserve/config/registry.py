@@ -6,6 +6,7 @@ from ztserve import artifacts, identity, transport
 from ztserve.audit import Log
 from ztserve.config.coherence import is_loopback
 from ztserve.config.rooms import (
+    Signed,
     limits,
     load_policies,
     obtain_identity,
@@ -62,10 +63,12 @@ def registry_door(
     source: identity.Source,
     log: Log,
     quarantine: identity.Quarantine | None = None,
+    signed: Signed = None,
 ) -> transport.Server:
     """Return the server of a door to `registry`, to be started.
 
-    Raises ConfigError where no policy lets anybody read.
+    Raises ConfigError where no policy lets anybody read, VerificationError where
+    policies are not those that were `signed`.
     """
     _, _, namespace, _, service = settings.registry_id.path.split("/")
     policies = None
@@ -76,6 +79,7 @@ def registry_door(
             namespace=namespace,
             # Which models there are is for the registry to say.
             operations=None,
+            signed=signed,
         )
     shadow = "(shadow)"
     if policies is None or not any(

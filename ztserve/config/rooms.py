@@ -4,15 +4,20 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from ztserve import artifacts, identity, transport
 from ztserve.audit import Log
 from ztserve.authorization import PolicySet
+from ztserve.authorization.files import read_files
 from ztserve.config import environment
+from ztserve.config.deployment import file_name
 from ztserve.config.settings import IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.types import Operation, on_clock_step
 
+Signed: TypeAlias = artifacts.VerifiedDeployment | None
+"""The deployment bundle that what is built is held against; None: there is none."""
 ASK_S = 10.0
 """Longest wait of a person's command for an agent that listens and says nothing."""
 
@@ -104,18 +109,24 @@ def agent_directory(settings: Settings) -> Path:
 
 
 def follow_federation(
-    settings: Settings, on_event: Callable[[str, Mapping[str, object]], object]
+    settings: Settings,
+    on_event: Callable[[str, Mapping[str, object]], object],
+    *,
+    signed: Signed = None,
 ) -> identity.Federation | None:
     """Follow the bundles of those whom we federate with, and the file that names them.
 
-    Raises ConfigError or IdentityError where the file cannot be used.
+    What `signed` does not sign of it is refused, now and later. Raises ConfigError or
+    IdentityError where the file cannot be used.
     """
     path = settings.identity.federation
     if path is None:
         return None
     store = settings.state / "federation"
     store.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = identity.RelationshipFile(path, on_event=on_event)
+    file = identity.RelationshipFile(
+        path, on_event=on_event, check=file_check(settings, signed, path)
+    )
     federation = identity.Federation(
         file.relationships,
         trust_domain=settings.identity.trust_domain,
@@ -146,33 +157,6 @@ def open_tokens(
         spiffe_id=source.current().svid.id,
         timeout_s=settings.identity.wait_s,
     )
-
-
-def load_trust(settings: Settings, path: Path | None = None) -> artifacts.TrustPolicy:
-    """Read the trust policy, or that at `path`, to judge with it now; ConfigError.
-
-    The configured one must not be older than what this node has seen.
-    """
-    chosen = settings.artifacts
-    policy = artifacts.TrustPolicy.load(
-        path or chosen.trust_policy, root=chosen.trust_root
-    )
-    if path is None:
-        _floor(settings).check(policy)
-    return policy
-
-
-def follow_trust(settings: Settings) -> artifacts.FollowedPolicy:
-    """Read the trust policy, remember it as seen, and follow it; ConfigError."""
-    chosen = settings.artifacts
-    return artifacts.FollowedPolicy(
-        chosen.trust_policy, _floor(settings), root=chosen.trust_root
-    )
-
-
-def _floor(settings: Settings) -> artifacts.Floor:
-    least = settings.artifacts.min_policy_version
-    return artifacts.Floor(settings.state, least=least)
 
 
 def open_quarantine(settings: Settings) -> identity.Quarantine:
@@ -225,35 +209,52 @@ def load_policies(
     namespace: str,
     labels: Mapping[str, str] | None = None,
     operations: Iterable[Operation] | None,
+    signed: Signed = None,
 ) -> PolicySet:
     """Read the policies that bear on one workload; refuse what is not understood.
 
-    With `operations`, a path that none of them bears is refused too.
+    With `operations`, a path that none of them bears is refused too; with `signed`, a
+    file whose bytes, as they are parsed here, are not those that were signed.
     """
-    return PolicySet.load(
-        settings.authorization.policies,
+    texts = read_files(settings.authorization.policies)
+    for path, text in texts.items():
+        file_check(settings, signed, Path(path))(text.encode())
+    return PolicySet.parse(
+        texts,
         trust_domain=settings.identity.trust_domain,
-        federated=_federated(settings),
+        federated=_federated(settings, signed),
         namespace=namespace,
         labels={"app": service, **(labels or {})},
         operations=operations,
     )
 
 
-def check_identity_files(settings: Settings) -> None:
-    """Raise ConfigError where entries or relationships are not understood."""
+def file_check(
+    settings: Settings, signed: Signed, path: Path | None
+) -> Callable[[bytes], object]:
+    """Return what refuses the bytes of a file that are not those signed."""
+    if signed is None or path is None:
+        return lambda _raw: None
+    return partial(signed.check_file, file_name(settings, path))
+
+
+def check_identity_files(settings: Settings, signed: Signed = None) -> None:
+    """Raise ConfigError where entries or relationships are not understood.
+
+    VerificationError where they are not those that were signed.
+    """
     ours = settings.identity
     if ours.entries is not None:
-        identity.EntryFile(ours.entries, ours.trust_domain)
-    if ours.federation is not None:
-        identity.RelationshipFile(ours.federation)
+        check = file_check(settings, signed, ours.entries)
+        identity.EntryFile(ours.entries, ours.trust_domain, check=check)
+    _federated(settings, signed)
 
 
-def _federated(settings: Settings) -> tuple[str, ...]:
+def _federated(settings: Settings, signed: Signed = None) -> tuple[str, ...]:
     path = settings.identity.federation
     if path is None:
         return ()
-    file = identity.RelationshipFile(path)
+    file = identity.RelationshipFile(path, check=file_check(settings, signed, path))
     return tuple(one.trust_domain for one in file.relationships)
 
 

@@ -80,6 +80,8 @@ class ArtifactSettings:
     """Public key (PEM) under which the trust policy is signed; None: it is not."""
     min_policy_version: Count = 1
     """An older trust policy is refused, also on a node that has seen none."""
+    deployment_bundle: Path = Path(".ztserve/deployment.sig")
+    """What a deployer signed of all that runs; production demands it."""
     wait_s: Seconds = 60.0
     """Longest wait for a registry that is away."""
     share_memory: bool = True

@@ -6,8 +6,9 @@ from pathlib import Path
 from ztserve import artifacts, identity
 from ztserve.audit import Log
 from ztserve.config.registry import open_registry
-from ztserve.config.rooms import agent_directory, load_trust
+from ztserve.config.rooms import agent_directory
 from ztserve.config.settings import Settings
+from ztserve.config.trust import load_trust
 from ztserve.doors import DoorRegistry
 from ztserve.types import ModelRef
 

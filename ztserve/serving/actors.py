@@ -41,7 +41,8 @@ class AgentActor:
         self._log = config.open_log(
             settings, "agent", str(os.getpid()), _own_source(settings, authority)
         )
-        self._federation = config.follow_federation(settings, self._tell)
+        signed = config.admit(settings, self._log)
+        self._federation = config.follow_federation(settings, self._tell, signed=signed)
         self._agent = identity.Agent(
             authority,
             config.agent_directory(settings),
@@ -62,6 +63,9 @@ class AgentActor:
             ttl_s=settings.identity.svid_ttl_s,
             admin_ids=(settings.developer_id,),
             entries=settings.identity.entries,
+            check_entries=config.file_check(
+                settings, signed, settings.identity.entries
+            ),
             selectors=table.selectors,
             check=table.check,
             federation=self._federation,
@@ -156,11 +160,10 @@ class BrokerActor:
     def __init__(self, settings: Settings) -> None:
         identity.harden_process()
         source = config.obtain_identity(settings, settings.broker_id)
+        log = config.open_log(settings, "weights", str(os.getpid()), source)
+        config.admit(settings, log)
         self._broker = config.weights_broker(
-            settings,
-            source,
-            config.open_log(settings, "weights", str(os.getpid()), source),
-            config.open_quarantine(settings),
+            settings, source, log, config.open_quarantine(settings)
         )
         self._broker.start()
 
@@ -188,11 +191,13 @@ class DirectoryActor:
         self._log = config.open_log(
             settings, "directory", str(os.getpid()), self._source
         )
+        signed = config.admit(settings, self._log)
         self._policies = config.load_policies(
             settings,
             service="directory",
             namespace="ztserve",
             operations=(transport.WATCH,),
+            signed=signed,
         )
         self._server = transport.Server(
             transport.directory_methods(self),

@@ -6,8 +6,7 @@ opens no socket, starts no process, calls no Ray.
 
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import serve
 
@@ -15,9 +14,16 @@ from ztserve import config
 from ztserve.errors import ConfigError
 from ztserve.serving import ray_private
 from ztserve.serving.deployment import ZTDeployment
+from ztserve.serving.parts import (
+    Remote,
+    arguments_of,
+    deployment_class,
+    target_of,
+    unimportable,
+)
 from ztserve.serving.replica import Plan
 from ztserve.serving.shell import Shell
-from ztserve.types import ModelRef, Spec
+from ztserve.types import ModelRef
 
 _DEFAULTS: Mapping[str, Any] = {
     "max_constructor_retry_count": 1,
@@ -32,18 +38,13 @@ replaces no replica before."""
 MAX_QUEUED = 64
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A bound deployment on its way into another's arguments.
+class Bound(NamedTuple):
+    """A deployment of an application, as it was bound."""
 
-    Serve replaces `application` by a handle; the handle is never called.
-    """
-
-    application: Any
-    service: str
-    namespace: str
-    inputs: tuple[Spec, ...]
-    outputs: tuple[Spec, ...]
+    plan: Plan
+    cls: type[ZTDeployment]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 class Bindable:
@@ -61,30 +62,32 @@ class Bindable:
         """Return the application.
 
         Raises ConfigError for a class without predict, for options that do not fit,
-        and for plain Ray applications among the arguments.
+        and for plain Ray applications among the arguments; in production also for a
+        class or arguments whose code would travel by value.
         """
         if not hasattr(self._cls, "predict"):
             raise ConfigError(f"class {self._cls.__name__} has no predict to be bound")
         settings = config.load()
         options = {**_DEFAULTS, "name": self._cls.__name__, **self._options}
+        carrier, fault = _carrier(self._cls)
         plan = Plan(
+            name=options["name"],
+            target="" if fault else target_of(self._cls),
+            service=self._cls.service,
             settings=settings,
             models=_models(self._cls.model, options.pop("model", None)),
             deploy=secrets.token_hex(8),
             max_ongoing=options["max_ongoing_requests"],
             max_queued=options.pop("max_queued", MAX_QUEUED),
         )
-        shell = type(
-            self._cls.__name__,
-            (Shell,),
-            {"_ztserve_deployment": self._cls, "__doc__": self._cls.__doc__},
-        )
         namespace = settings.identity.namespace
-        deployment: Any = serve.deployment(shell)
+        args = tuple(_argument(value, namespace) for value in args)
+        kwargs = {name: _argument(value, namespace) for name, value in kwargs.items()}
+        if settings.profile == "production":
+            _check_signable(self._cls, fault, options, args, kwargs)
+        deployment: Any = serve.deployment(carrier)
         application: ray_private.Application = deployment.options(**options).bind(
-            plan,
-            tuple(_argument(value, namespace) for value in args),
-            {name: _argument(value, namespace) for name, value in kwargs.items()},
+            plan, args, kwargs
         )
         return application
 
@@ -94,14 +97,58 @@ def is_ours(value: Any) -> bool:
     return isinstance(value, ray_private.Application) and _shell(value) is not None
 
 
-def plans(application: ray_private.Application) -> Iterator[Plan]:
-    """Yield the plans of an application: its own, and those of what is bound to it."""
-    bound: tuple[Any, ...] = ray_private.deployment_of(application).init_args
-    plan, args, kwargs = bound
-    yield plan
+def bound(application: ray_private.Application) -> Iterator[Bound]:
+    """Yield the deployments of an application: its own, and what is bound to it."""
+    given: tuple[Any, ...] = ray_private.deployment_of(application).init_args
+    plan, args, kwargs = given
+    yield Bound(plan, _class(application), args, kwargs)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Remote):
-            yield from plans(value.application)
+            yield from bound(value.application)
+
+
+def _class(application: ray_private.Application) -> type[ZTDeployment]:
+    plan: Plan = ray_private.deployment_of(application).init_args[0]
+    carrier = _shell(application)
+    if carrier is None:
+        raise ConfigError("a plain Ray Serve application has no class of ours")
+    return carrier.deployment() or deployment_class(plan.target)
+
+
+def _carrier(cls: type[ZTDeployment]) -> tuple[type[Shell], str]:
+    """Return what Ray carries, and why that has to be the class's own code.
+
+    One shell that replicas import, with a plan that names the class; where they could
+    not import that, a shell of its own, which travels by value.
+    """
+    fault = unimportable(cls)
+    if not fault and ray_private.travels_by_value(cls):
+        fault = "is registered to be pickled by value"
+    if not fault:
+        return Shell, ""
+    known = {"_ztserve_deployment": cls, "__doc__": cls.__doc__}
+    return type(cls.__name__, (Shell,), known), fault
+
+
+def _check_signable(
+    cls: type[ZTDeployment],
+    fault: str,
+    options: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    if fault or ray_private.travels_by_value(Shell):
+        raise ConfigError(
+            f"class {cls.__name__} {fault or 'is carried by a module pickled by value'}"
+            ": in production no code travels by value, replicas import what was "
+            "signed; put the class at the top of a module, and bind it from there"
+        )
+    if "runtime_env" in (options.get("ray_actor_options") or {}):
+        raise ConfigError(
+            f"class {cls.__name__}: ray_actor_options has a runtime_env, which brings "
+            "code and variables that nobody signed; leave it out in production"
+        )
+    arguments_of(args, kwargs)
 
 
 def _shell(application: ray_private.Application) -> type[Shell] | None:
@@ -134,5 +181,6 @@ def _argument(value: Any, namespace: str) -> Any:
             "a plain Ray Serve application cannot be passed to a ZTDeployment: calls "
             "to it would be plaintext and unauthenticated; make it a ZTDeployment too"
         )
-    cls = shell.deployment()
-    return Remote(value, cls.service, namespace, cls.inputs, cls.outputs)
+    cls = _class(value)
+    name = ray_private.deployment_of(value).name
+    return Remote(value, name, cls.service, namespace, cls.inputs, cls.outputs)

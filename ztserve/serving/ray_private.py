@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
+from ray import cloudpickle
 from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.state import state as _state
@@ -33,6 +34,7 @@ __all__ = [
     "most_replicas",
     "replica_options",
     "replica_place",
+    "travels_by_value",
 ]
 
 ASK_ERRORS = (ray.exceptions.RayError, RuntimeError)
@@ -64,6 +66,14 @@ def deployment_of(application: Application) -> Deployment:
     """Return the deployment that `bind` wrapped."""
     deployment: Deployment = application._bound_deployment  # noqa: SLF001
     return deployment
+
+
+def travels_by_value(cls: type) -> bool:
+    """Tell whether Ray would send the code of a class, not its name."""
+    parts = cls.__module__.split(".")
+    names = {".".join(parts[: n + 1]) for n in range(len(parts))}
+    by_value: set[str] = cloudpickle.list_registry_pickle_by_value()  # type: ignore[no-untyped-call]
+    return bool(names & by_value)
 
 
 def replica_options() -> tuple[int, float]:

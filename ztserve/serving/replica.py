@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ztserve import transport
-from ztserve.artifacts import Memory, VerifiedModel
+from ztserve.artifacts import Memory, TrustPolicy, VerifiedModel
 from ztserve.config import (
     Settings,
+    admit,
+    admitted,
+    follow_trust,
     limits,
     load_policies,
     open_log,
@@ -30,6 +33,7 @@ from ztserve.filtering import OutputFilter, TextFilter
 from ztserve.identity import JwtProof, Source
 from ztserve.inference import Runner
 from ztserve.pipeline import Pipeline
+from ztserve.serving.parts import NO_ARGUMENTS, admitted_class
 from ztserve.serving.weights import Pin, Weights
 from ztserve.serving.withdrawal import GRACE_S, Withdrawal
 from ztserve.types import Description, ModelRef, TextSpec, operations
@@ -50,16 +54,23 @@ class Plan:
     """Names this deploy: aliases are resolved once under it."""
     max_ongoing: int = 32
     max_queued: int = 64
+    name: str = ""
+    """Of the deployment, as Ray Serve calls it."""
+    target: str = ""
+    """``module:qualname`` of its class; '': the class itself travels with the shell."""
+    service: str = ""
 
 
 class Replica:
     """A running deployment: an mTLS address that answers verified callers.
 
     Args:
-        deployment: the user's class.
+        deployment: the user's class; None: the one that the plan names, imported once
+            the code that it lies in was held against the deployment bundle.
         plan: what was frozen at bind.
         source: this replica's own identity.
         name: names the replica in the audit.
+        arguments: the constructor's, as they are signed (`parts.arguments_of`).
         pin: given the resolved digest of a part, returns the one that this deploy uses.
         on_withdrawn: called when the replica takes no more calls for good, before the
             running ones have ended.
@@ -67,9 +78,9 @@ class Replica:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each has a default, but for the first three
         self,
-        deployment: "type[ZTDeployment]",
+        deployment: "type[ZTDeployment] | None",
         plan: Plan,
         source: Source,
         *,
@@ -77,22 +88,29 @@ class Replica:
         pin: Pin = lambda _part, digest: digest,
         on_withdrawn: Callable[[], None] = lambda: None,
         summon: Callable[[], None] | None = None,
+        arguments: Callable[[], str] = lambda: NO_ARGUMENTS,
     ) -> None:
-        self.deployment = deployment
         self.plan = plan
         self.source = source
         self._pin = pin
         self._on_withdrawn = on_withdrawn
         self._summon = summon
-        self._log = open_log(plan.settings, deployment.service, name, source)
+        service = plan.service if deployment is None else deployment.service
+        self._log = open_log(plan.settings, service, name, source)
+        self.signed = admit(plan.settings, self._log)
+        with admitted(self._log):
+            self.deployment, self.part = admitted_class(
+                deployment, plan, self.signed, arguments
+            )
         self.quarantine = open_quarantine(plan.settings)
         self.tokens = open_tokens(plan.settings, source)
         self._policies = load_policies(
             plan.settings,
-            service=deployment.service,
+            service=self.deployment.service,
             namespace=plan.settings.identity.namespace,
-            labels=deployment.labels,
+            labels=self.deployment.labels,
             operations=operations(self.model_name).values(),
+            signed=self.signed,
         )
         self._server: transport.Server | None = None
         self._runner: Runner | None = None
@@ -132,8 +150,15 @@ class Replica:
             self.quarantine,
             self._memory(),
             lazy=self.deployment.lazy_weights,
+            check=self._check_model,
         )
         with weights.verified(self.plan.models) as models:
+            followed = weights.followed
+            if followed is None and self.signed is not None:
+                followed = follow_trust(self.plan.settings)
+            if followed is not None:
+                # Read anew since the bundle was verified: it could be an older one now.
+                self._check_still(followed.policy)
             instance = self._loaded(models, args, kwargs)
             self.description = self._describe(models)
         del models  # what the class has let go is not kept
@@ -153,9 +178,13 @@ class Replica:
             settings.host, range(settings.first_port, settings.last_port + 1)
         )
         self.address = f"{host}:{port}"
-        if weights.followed is not None:
+        if followed is not None:
             self._withdrawal = Withdrawal(
-                weights.followed, weights.held, self._log, self._withdraw
+                followed,
+                weights.held,
+                self._log,
+                self._withdraw,
+                self._check_still,
             )
             self._withdrawal.start()
         self._log.event(
@@ -192,6 +221,14 @@ class Replica:
         self.quarantine.close()
         if self.tokens is not None:
             self.tokens.close()
+
+    def _check_model(self, part: str, ref: ModelRef, digest: str) -> None:
+        if self.signed is not None and self.part is not None:
+            self.signed.check_model(self.part, part, ref, digest)
+
+    def _check_still(self, trust: TrustPolicy) -> None:
+        if self.signed is not None:
+            self.signed.check_still(trust)
 
     def _withdraw(self, error: VerificationError) -> None:
         """Take no more calls, and let the running ones end; Serve replaces us."""

@@ -12,6 +12,7 @@ import logging
 import os
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from ztserve.errors import ConfigError, Denied, VerificationError, ZTServeError
 from ztserve.identity import harden_process
 from ztserve.serving import node, ray_private
 from ztserve.serving.composition import Composed
+from ztserve.serving.parts import Remote, arguments_of
 from ztserve.serving.replica import Plan, Replica
 
 if TYPE_CHECKING:
@@ -37,30 +39,35 @@ _HEARD_S = 0.5
 class Shell:
     """One replica as Serve sees it."""
 
-    _ztserve_deployment: ClassVar[type["ZTDeployment"]]
+    _ztserve_deployment: ClassVar["type[ZTDeployment] | None"] = None
+    """The user's class where it travels with this one, by value; None: the plan names
+    it, and the replica imports it."""
 
     def __getattribute__(self, name: str) -> Any:
         if name != "__class__" and ray_private.is_serve_request():
-            cls = type(self)._ztserve_deployment  # noqa: SLF001 - our own
+            known = object.__getattribute__(self, "__dict__")
+            plan = known.get("_plan")
             refusal = Denied(
-                f"{cls.__name__} answers only verified callers over mTLS, not Ray "
-                "handles or Serve's proxy: use ztserve.Client"
-                f"('<namespace>/{cls.service}', ...), the gateway, or `ztserve predict`"
+                f"{plan.name if plan else 'this'} answers only verified callers over "
+                "mTLS, not Ray handles or Serve's proxy: use ztserve.Client"
+                f"('<namespace>/{plan.service if plan else '<service>'}', ...), the "
+                "gateway, or `ztserve predict`"
             )
-            replica = object.__getattribute__(self, "__dict__").get("_replica")
+            replica = known.get("_replica")
             if replica is not None:
                 replica.refused(f"Ray handle: {name}", refusal)
             raise refusal
         return object.__getattribute__(self, name)
 
     @classmethod
-    def deployment(cls) -> type["ZTDeployment"]:
-        """Return the user's class."""
+    def deployment(cls) -> "type[ZTDeployment] | None":
+        """Return the user's class, where it travels with this one."""
         return cls._ztserve_deployment
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self._plan = plan
         # Serve prints the constructor's traceback from the top: a cause without one
         # comes first, so that the message begins with our sentence.
         try:
@@ -145,15 +152,16 @@ def _shares(plan: Plan) -> bool:
 
 
 def _start(
-    cls: type["ZTDeployment"], plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cls: "type[ZTDeployment] | None",
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Replica, node.Membership]:
-    from ztserve.serving.binding import Remote
-
     harden_process()
     context = serve.get_replica_context()
     member = node.join(
         plan.settings,
-        service=cls.service,
+        service=plan.service,
         app=context.app_name,
         deployment=context.deployment,
         replica=context.replica_id.unique_id,
@@ -174,14 +182,15 @@ def _start(
 
     replica = Replica(
         cls,
-        plan,
+        replace(plan, name=context.deployment),
         member.source,
         name=context.replica_id.unique_id,
         pin=lambda part, digest: member.pin(
-            f"{plan.deploy}/{cls.service}/{part}", digest
+            f"{plan.deploy}/{plan.service}/{part}", digest
         ),
         on_withdrawn=member.leave,
         summon=partial(node.start_broker, plan.settings) if _shares(plan) else None,
+        arguments=lambda: arguments_of(args, kwargs),
     )
     replica.start(
         tuple(compose(value) for value in args),

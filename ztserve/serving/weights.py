@@ -28,6 +28,9 @@ T = TypeVar("T")
 Pin = Callable[[str, str], str]
 """Given a part and the digest it resolved to, returns the one that the deploy uses."""
 
+CheckModel = Callable[[str, ModelRef, str], None]
+"""Given a part, what it asks for and the digest that this resolved to; raises."""
+
 _LOG = logging.getLogger("ray.serve")  # what Serve shows of a replica
 _RETRY_S = 0.5
 _TELL_S = 5.0
@@ -60,7 +63,7 @@ class Weights:
     process's own. With `lazy` they are read, into that, when they are asked for.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - which, for whom, and how they come
         self,
         settings: Settings,
         log: Log,
@@ -70,6 +73,7 @@ class Weights:
         memory: Memory | None = None,
         *,
         lazy: bool = False,
+        check: CheckModel = lambda _part, _ref, _digest: None,
     ) -> None:
         self._all = settings
         self._settings = settings.artifacts
@@ -79,6 +83,7 @@ class Weights:
         self._quarantine = quarantine
         self._memory = None if lazy else memory
         self._lazy = lazy
+        self._check = check
         self.followed: FollowedPolicy | None = None
         """The trust policy; None before there was a model to judge."""
         self.held: dict[str, Held] = {}
@@ -139,6 +144,7 @@ class Weights:
         self, registry: Registry, part: str, ref: ModelRef, trust: TrustPolicy
     ) -> VerifiedModel:
         resolved = self._patiently(lambda: registry.resolve(ref))
+        self._check(part, ref, resolved.digest)
         pinned = ref.pinned(self._pin(part, resolved.digest))
         reading = _Reading(pinned)
 
@@ -154,6 +160,8 @@ class Weights:
                 )
 
         model = self._patiently(attempt)
+        # The version is the release's word, which is verified only now.
+        self._check(part, ModelRef(f"{model.name}:{model.version}"), model.digest)
         self.held[part] = Held(pinned, model.evidence, model.names)
         self._log.event(
             "model-verified",

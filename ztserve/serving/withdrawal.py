@@ -31,8 +31,8 @@ class Withdrawal:
     """Follows the trust policy on a thread, and ends a replica that it turns against.
 
     A policy that cannot be taken is audited and changes nothing; one that has expired,
-    or under which a model would not load now, ends the replica: `on_withdrawn` is
-    called once, with the reason. Nothing more is looked at after that.
+    that `check` refuses, or under which a model would not load now, ends the replica:
+    `on_withdrawn` is called once, with the reason. Nothing more is looked at then.
     """
 
     def __init__(
@@ -41,11 +41,13 @@ class Withdrawal:
         held: Mapping[str, Held],
         log: Log,
         on_withdrawn: Callable[[VerificationError], None],
+        check: Callable[[TrustPolicy], None] = lambda _policy: None,
     ) -> None:
         self._followed = followed
         self._held = held
         self._log = log
         self._on_withdrawn = on_withdrawn
+        self._check = check
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="ztserve-trust", daemon=True
@@ -83,6 +85,7 @@ class Withdrawal:
         self._log.event(
             "trust-policy-taken", version=newer.version, digest=newer.digest
         )
+        self._check(newer)
         now = types.now()
         for held in self._held.values():
             judge(held.evidence, held.ref, newer, now=now)

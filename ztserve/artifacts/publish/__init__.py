@@ -12,6 +12,7 @@ from ztserve.artifacts.publish.attesting import (
     result_predicate,
     verification_summary,
 )
+from ztserve.artifacts.publish.deploying import deployment_statement, sign_deployment
 from ztserve.artifacts.publish.distribution import push
 from ztserve.artifacts.publish.entries import bundle_entry, key_entry, spiffe_entry
 from ztserve.artifacts.publish.keys import (
@@ -74,6 +75,7 @@ __all__ = [
     "attestation_statement",
     "bundle_entry",
     "choose_serialization",
+    "deployment_statement",
     "key_entry",
     "load_authority",
     "load_signer",
@@ -88,6 +90,7 @@ __all__ = [
     "release_statement",
     "result_predicate",
     "set_alias",
+    "sign_deployment",
     "sign_model",
     "sign_policy",
     "spiffe_entry",

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Floor:
                 "back; fetch the newer one, or raise the version of this one"
             )
         same = policy.version == seen.version
-        if policy.signed and same and policy.digest != seen.digest:
+        if policy.root and same and policy.digest != seen.digest:
             raise ConfigError(
                 f"two trust policies are signed as version {policy.version}: "
                 f"{policy.digest} and, seen before, {seen.digest} ({self.path}); "
@@ -106,34 +106,44 @@ class Floor:
 
     def _write(self, seen: Seen) -> None:
         content = json.dumps({"version": seen.version, "digest": seen.digest}).encode()
-        descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".floor-")
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-            Path(temporary).replace(self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace(self.path, content)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self.path.with_suffix(".lock")
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(lock, flags, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"{lock}: {error.strerror}: the node cannot keep which trust policy "
-                "it has seen; make the folder writable to this user"
-            ) from error
-        try:
-            _lock(descriptor, lock)
-            yield
-        finally:
-            os.close(descriptor)
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.path, "which trust policy it has seen")
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file of ours through a temporary one: readers see old or new."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".floor-")
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock beside a file for the block; ConfigError, also after 2 s."""
+    lock = path.with_suffix(".lock")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(lock, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{lock}: {error.strerror}: the node cannot keep {what}; make the folder "
+            "writable to this user"
+        ) from error
+    try:
+        _lock(descriptor, lock)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_folder(folder: Path) -> None:

@@ -16,7 +16,8 @@ class FollowedPolicy:
     What cannot be read, is not signed, has expired or is older is not taken: the last
     good one holds on. So nobody undoes a revocation by breaking the file; for how long
     newer ones can be kept away is said by `expires`. Nor by filling the disk: a newer
-    policy that the node cannot remember is in force here all the same.
+    policy that the node cannot remember is in force here all the same. Its trust root
+    never changes.
     """
 
     def __init__(self, path: Path, floor: Floor, *, root: Path | None = None) -> None:
@@ -45,6 +46,11 @@ class FollowedPolicy:
 
     def _take(self) -> None:
         policy = TrustPolicy.load(self._path, root=self._root)
+        if policy.root != self.policy.root:
+            raise ConfigError(
+                f"{self._path} is signed under {policy.root or 'no root'} now, and was "
+                f"under {self.policy.root or 'no root'}: what runs keeps its trust root"
+            )
         self._floor.check(policy)
         self.policy, self._unkept = policy, "not tried"
         with suppress(ConfigError):  # tried again, and told, at the next look

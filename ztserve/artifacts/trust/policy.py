@@ -82,9 +82,8 @@ class TrustPolicy(Terms):
         """
         path = Path(path)
         raw = read_guarded(path)
-        if root is not None:
-            check_root_signature(path, raw, root)
-        policy = cls.parse(raw, path, inline=root is not None)
+        signed = "" if root is None else check_root_signature(path, raw, root)
+        policy = cls.parse(raw, path, inline=root is not None, root=signed)
         try:
             policy.check_current(now)
         except VerificationError as error:

@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import Self
 
 from ztserve.artifacts.statements.envelope import check_signature, parse_envelope
+from ztserve.artifacts.statements.keys import key_id
 from ztserve.artifacts.trust.chains import Bundle, parse_bundles, parse_serials
 from ztserve.artifacts.trust.requirements import (
     Requirement,
@@ -109,18 +110,18 @@ class Terms:
     """Name of a model to the oldest version that may be served."""
     formats: frozenset[str] | None = None
     """Suffixes that a model's files may have; None: whatever `content` lets pass."""
-    signed: bool = False
-    """Whether it was signed under a trust root."""
+    root: str = ""
+    """Key id of the trust root under which it is signed; '': it is not."""
     revoked_serials: frozenset[str] = frozenset()
     bundles: tuple[Bundle, ...] = ()
     timestamp_authorities: tuple[TimestampAuthority, ...] = ()
 
     @classmethod
-    def parse(cls, raw: bytes, path: Path, *, inline: bool) -> Self:
+    def parse(cls, raw: bytes, path: Path, *, inline: bool, root: str = "") -> Self:
         """Parse the file at `path`, whose bytes are `raw`; raises ConfigError.
 
         `inline`: it is signed under a trust root, so that keys and roots must stand
-        within it.
+        within it; `root` is the key id of that one.
         """
         try:
             table = tomllib.loads(raw.decode("utf-8"))
@@ -149,15 +150,15 @@ class Terms:
             requirements=parse_requirements(required, where, known),
             min_versions=parse_min_versions(table, where),
             formats=parse_formats(table, where),
-            signed=inline,
+            root=root,
             revoked_serials=parse_serials(revoked, where),
             bundles=parse_bundles(bundles, path, inline=inline),
             timestamp_authorities=parse_authorities(clocks, path, inline=inline),
         )
 
 
-def check_root_signature(path: Path, raw: bytes, root: str | os.PathLike[str]) -> None:
-    """Raise ConfigError unless the policy's bytes are signed under the trust root.
+def check_root_signature(path: Path, raw: bytes, root: str | os.PathLike[str]) -> str:
+    """Return the trust root's key id; ConfigError unless it signed the policy's bytes.
 
     `root`: its public key as PEM text, or a file of it. The signature is the envelope
     in the file ``<path>.sig``.
@@ -175,6 +176,7 @@ def check_root_signature(path: Path, raw: bytes, root: str | os.PathLike[str]) -
         raise ConfigError(
             f"{path} is not signed under the trust root: {error}"
         ) from error
+    return key_id(key)
 
 
 def _digests(table: Mapping[str, object], key: str, where: str) -> dict[str, str]:

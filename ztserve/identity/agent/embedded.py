@@ -63,6 +63,7 @@ class Agent:
         ttl_s: life of the SVIDs, which are renewed at half of it.
         admin_ids: whose processes may ask for `stop` and `extra_ops`; no Ray worker.
         entries: the file of registration entries (`entries`), followed while it runs.
+        check_entries: asked before what that file holds is parsed, now and later.
         selectors: tells what ``ray:`` selectors hold for a process.
         check: asked before a worker's claim is believed.
         federation: the bundles of other trust domains.
@@ -87,6 +88,7 @@ class Agent:
         ttl_s: float = DEFAULT_TTL_S,
         admin_ids: tuple[str, ...] = (),
         entries: Path | None = None,
+        check_entries: Callable[[bytes], object] = lambda _raw: None,
         selectors: Further = lambda _process: (),
         check: Check = lambda _process, _spiffe_id: None,
         federation: FederatedBundles | None = None,
@@ -118,6 +120,7 @@ class Agent:
                 rules.trust_domain,
                 selectors=Selectors(selectors),
                 told=lambda kind, what: self._events.note(kind, None, what=what),
+                check=check_entries,
             )
         )
         self._registry = Registry(

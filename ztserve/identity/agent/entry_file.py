@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from ztserve.errors import ConfigError, IdentityError
+from ztserve.errors import ConfigError, IdentityError, VerificationError
 from ztserve.identity.agent.attestation import Process
 from ztserve.identity.agent.entries import MAX_BYTES, Entry, applicable, parse_entries
 from ztserve.identity.agent.registration import Grant
@@ -29,7 +29,8 @@ class EntryFile:
     Raises ConfigError where the file cannot be read, is not ours or root's alone to
     write, or holds what is not understood. A later edit like that is refused, told to
     `told` (kind of event, what; it raises nothing) and logged; the entries before it
-    stay in force.
+    stay in force. `check` is given the bytes before they are parsed, and refuses them
+    by raising VerificationError.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class EntryFile:
         *,
         selectors: Selectors | None = None,
         told: Callable[[str, str], None] = lambda _kind, _what: None,
+        check: Callable[[bytes], object] = lambda _raw: None,
     ) -> None:
         self._path = path
         self._trust_domain = trust_domain
         self._selectors = selectors or Selectors()
         self._told = told
+        self._check = check
         self._changed = Subscribers()
         self.subscribe = self._changed.subscribe
         self._stamp = self._look()
@@ -95,7 +98,7 @@ class EntryFile:
             self._entries = self._read()
         except Exception as error:  # noqa: BLE001
             # Whatever it is, the next edit, perhaps a withdrawal, is still to come.
-            known = isinstance(error, ConfigError)
+            known = isinstance(error, ConfigError | VerificationError)
             why = str(error) if known else f"{self._path}: {error!r:.200}"
             _LOG.error("%s; the entries before stay in force", why)
             self.problem = why
@@ -130,6 +133,7 @@ class EntryFile:
             data = read_guarded(self._path, MAX_BYTES, secret=False)
         except IdentityError as error:
             raise ConfigError(f"registration entries: {error}") from error
+        self._check(data)
         try:
             return parse_entries(data, self._trust_domain)
         except (ConfigError, ValueError) as error:  # of an integer too long to show

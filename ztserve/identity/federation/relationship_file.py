@@ -15,10 +15,11 @@
 import logging
 import threading
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from ztserve.errors import ConfigError, IdentityError
+from ztserve.errors import ConfigError, IdentityError, VerificationError
 from ztserve.identity.federation.bundles import Federation
 from ztserve.identity.federation.relationship import Relationship, read_relationships
 from ztserve.identity.guarded_files import read_guarded
@@ -37,15 +38,22 @@ class RelationshipFile:
     Raises ConfigError where the file cannot be read, can be changed by others, or holds
     what is not understood. A later edit like that, and the file's removal, is told to
     `on_event` (``relationships-refused``) and logged; what was before stays in force,
-    and the edit is tried again as long as it is the newest.
+    and the edit is tried again as long as it is the newest. `check` is given the bytes
+    before they are parsed, and refuses them by raising VerificationError.
     """
 
     def __init__(
-        self, path: Path, *, on_event: OnEvent = lambda _name, _facts: None
+        self,
+        path: Path,
+        *,
+        on_event: OnEvent = lambda _name, _facts: None,
+        check: Callable[[bytes], object] = lambda _raw: None,
     ) -> None:
         self._path = path
         self._on_event = on_event
+        self._check = check
         self._raw = _read(path)
+        check(self._raw)
         self.relationships = _parse(self._raw, path)
         self._closed = threading.Event()
 
@@ -85,6 +93,7 @@ class RelationshipFile:
                 federation.problem = problem = why
 
     def _take(self, federation: Federation) -> None:
+        self._check(self._raw)
         relationships = _parse(self._raw, self._path)
         federation.set_relationships(relationships)
         self.relationships = relationships
@@ -93,7 +102,7 @@ class RelationshipFile:
 
 
 def _why(error: Exception, path: Path) -> str:
-    if isinstance(error, ConfigError | IdentityError):
+    if isinstance(error, ConfigError | IdentityError | VerificationError):
         return str(error)
     return f"{path}: {error!r:.200}"
 

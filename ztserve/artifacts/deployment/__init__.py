@@ -1,0 +1,1 @@
+"""What else decides what runs: measured on this node, and held against its bundle."""
