@@ -162,6 +162,7 @@ def left_out(settings: Settings) -> list[Path]:
     found: list[Path | RegistryUrl | DoorAddress | None] = [
         *named_files(settings),
         *(settings.file, ours.svid_folder, *ours.svid_files, ours.quarantine),
+        ours.spire_admin_socket,
         *(policy, policy.with_name(policy.name + ".sig"), chosen.trust_root),
         *(chosen.registry, chosen.registry_credentials, chosen.deployment_bundle),
         settings.audit.directory,
