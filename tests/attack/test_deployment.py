@@ -59,6 +59,23 @@ def test_an_edited_istio_policy_is_refused(shop, without):
         assert stranger_gets_in(shop, replica)
 
 
+def test_an_edited_federation_file_is_refused(shop, without):
+    """It says whose identities policies may name: here those of one more domain."""
+    toml = shop.folder / config.FILE
+    toml.write_text(
+        toml.read_text().replace("[artifacts]", 'federation = "with.toml"\n[artifacts]')
+    )
+    shop.write("with.toml", "federation = []\n")
+    shop.sign()
+    with shop.replica():
+        pass
+    shop.write("with.toml", "federation = [] # and more\n")
+    refused(shop, "the file with.toml is sha256:", name="r2")
+    without("check_file")
+    with shop.replica(name="r3"):
+        pass
+
+
 def test_a_policy_swapped_after_it_was_checked_changes_nothing(shop, monkeypatch):
     """The bytes that are hashed are those that are parsed: there is no second read."""
     path = shop.folder / "policies/callers.yaml"

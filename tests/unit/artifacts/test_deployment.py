@@ -330,6 +330,27 @@ def test_a_module_that_was_not_measured_is_refused(guarded):
         importing.import_module("guarded_new")
 
 
+def test_a_linked_module_counts_as_what_was_measured(tmp_path, monkeypatch):
+    lay(tmp_path, **{"elsewhere.txt": "value = 1", "tree__guarded_x.py": ""})
+    link = tmp_path / "tree/guarded_linked.py"
+    link.symlink_to(tmp_path / "elsewhere.txt")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "tree"), *sys.path])
+    importing.guard(measure_tree(tmp_path / "tree"))
+    assert importing.import_module("guarded_linked").value == 1
+    del sys.modules["guarded_linked"]
+    (tmp_path / "elsewhere.txt").write_text("value = 2")
+    with pytest.raises(
+        VerificationError, match=r"guarded_linked.py is .*changed since"
+    ):
+        importing.import_module("guarded_linked")
+    importing.release(tmp_path / "tree")
+
+
+def test_bytes_of_no_measured_tree_are_refused(tmp_path):
+    with pytest.raises(VerificationError, match="lies in no tree that was measured"):
+        importing.check_bytes(tmp_path / "a.py", b"")
+
+
 def test_what_was_imported_before_is_imported_anew(tmp_path, monkeypatch):
     lay(tmp_path, **{"guarded_old.py": "value = 1"})
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

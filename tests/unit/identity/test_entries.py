@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.identity.test_attestation import myself, process_of
-from ztserve.errors import ConfigError, IdentityError
+from ztserve.errors import ConfigError, IdentityError, VerificationError
 from ztserve.identity import SpiffeId
 from ztserve.identity.agent.attestation import CannotTell
 from ztserve.identity.agent.entries import MAX_BYTES, MAX_ENTRIES, parse_entries
@@ -289,6 +289,15 @@ def test_an_entry_applies_where_all_of_its_selectors_hold(path):
     )
     assert granted(opened(path, further=lambda _: ray)) == [A, B]
     assert granted(opened(path)) == []
+
+
+def test_bytes_that_are_refused_are_not_parsed(path):
+    def refuse(raw):
+        raise VerificationError(f"{len(raw)} bytes that nobody signed")
+
+    written(path, "not even TOML")
+    with pytest.raises(VerificationError, match="13 bytes that nobody signed"):
+        EntryFile(path, "td.example", check=refuse)
 
 
 def test_the_first_entry_of_an_id_counts(path):

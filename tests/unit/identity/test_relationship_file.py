@@ -12,7 +12,7 @@ from tests.unit.identity.federated import (
     throw_away,
     until,
 )
-from ztserve.errors import ConfigError
+from ztserve.errors import ConfigError, VerificationError
 from ztserve.identity.federation.relationship_file import RelationshipFile
 
 WEB = """
@@ -70,6 +70,16 @@ def test_a_file_that_is_not_understood_is_refused(path, text, message):
     write(path, text)
     with pytest.raises(ConfigError, match=message):
         RelationshipFile(path)
+
+
+def refuse(raw):
+    raise VerificationError(f"{len(raw)} bytes that nobody signed")
+
+
+def test_bytes_that_are_refused_are_not_parsed(path):
+    write(path, "not even TOML")
+    with pytest.raises(VerificationError, match="13 bytes that nobody signed"):
+        RelationshipFile(path, check=refuse)
 
 
 def test_a_file_that_others_can_change_or_that_is_not_there_is_refused(path):

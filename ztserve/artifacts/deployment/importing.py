@@ -82,7 +82,9 @@ class MeasuredLoader(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         """Read, check, compile; raises VerificationError on other bytes."""
-        path = Path(self.get_filename(fullname)).resolve()
+        named = Path(self.get_filename(fullname))
+        # Not resolved itself: a link counts under its own name, as it was measured.
+        path = named.parent.resolve() / named.name
         raw = self.get_data(str(path))
         check_bytes(path, raw)
         code: CodeType = self.source_to_code(raw, str(path))
@@ -91,8 +93,10 @@ class MeasuredLoader(SourceFileLoader):
 
 def check_bytes(path: Path, raw: bytes) -> None:
     """Raise VerificationError unless these are the bytes that a guarded tree has."""
+    inside = False
     for root, tree in _guarded.items():
         if covers(root, path):
+            inside = True
             name = path.relative_to(root).as_posix()
             found = "sha256:" + hashlib.sha256(raw).hexdigest()
             if tree.files.get(name) != found:
@@ -101,3 +105,5 @@ def check_bytes(path: Path, raw: bytes) -> None:
                     "when the code was held against the deployment bundle: it was "
                     "changed since; find out by whom, then start again"
                 )
+    if not inside:
+        raise VerificationError(f"{path} lies in no tree that was measured")
