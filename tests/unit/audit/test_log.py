@@ -4,7 +4,7 @@ from threading import Thread
 
 import pytest
 
-from ztserve.audit import Log, verify_log
+from ztserve.audit import Log, read, verify_log
 from ztserve.errors import AuditError, Denied, Unauthenticated
 
 
@@ -129,3 +129,18 @@ def test_an_origin_cannot_be_mistaken_for_lines(path):
     with Log(path, origin={"service": 'x"}\n{"seq":1'}):
         pass
     assert verify_log(path).records == 1
+
+
+def test_each_line_bears_the_deployment_bundle_also_in_the_next_file(tmp_path):
+    path = tmp_path / "audit" / "r.jsonl"
+    with Log(path, origin={}, segment_bytes=600) as log:
+        log.event("before")
+        log.bear("sha256:" + "a" * 64)
+        for _ in range(4):
+            log.event("after")
+    first, second, *others = read(path)
+    assert not {"metadata"} & {*first, *second}
+    labels = ["deployment:sha256:" + "a" * 64]
+    assert all(line["metadata"] == {"labels": labels} for line in others)
+    assert [line["activity_name"] for line in others].count("log-opened") >= 1
+    assert verify_log(path).status == "self-consistent"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.unit.serving.shop import Shop, shop
-from ztserve.errors import ConfigError
+from tests.unit.serving.shop import POLICY, Shop, shop
+from ztserve.errors import ConfigError, VerificationError
 
 pytestmark = pytest.mark.slow
 __all__ = ["shop"]
@@ -34,3 +34,19 @@ def test_production_serves_nothing_without_a_bundle(tmp_path, monkeypatch):
         ConfigError, match=r"there is no deployment bundle .*bundle sign"
     ):
         made.make()
+
+
+def test_in_development_a_bundle_holds_where_there_is_one(shop):
+    """Where there is none, nothing is demanded; one that is there is no ornament."""
+    toml = shop.folder / "ztserve.toml"
+    toml.write_text(toml.read_text().replace('"production"', '"development"'))
+    shop.sign()
+    with shop.replica() as replica:
+        assert replica.signed.signed.sequence == 2
+    shop.write("policies/callers.yaml", POLICY.format(caller="stranger"))
+    with pytest.raises(VerificationError, match=r"file policies.callers[.]yaml is"):
+        shop.make(name="r2")
+    shop.bundle.unlink()
+    with shop.replica(name="r3") as replica:
+        assert replica.signed is None
+        assert "metadata" not in shop.records()[-1]
