@@ -219,6 +219,30 @@ def test_an_expired_broker_is_refused(node, monkeypatch):
         assert bias(node.verify()) == 99.5
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_users_process_at_the_socket_is_refused(node, without, monkeypatch):
+    node.workshop.published(fill=1.0)
+    code = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.setuid(65534); "
+        "s.bind('weights.sock'); s.listen(); print('up', flush=True); sys.stdin.read()"
+    )
+    node.path.parent.chmod(0o777)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code],
+        cwd=node.path.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"up\n"
+        refused(node, "runs as uid 65534, expected 0")
+        without(borrowing, "check_user")  # then it is spoken to, and waited for
+        monkeypatch.setattr(borrowing, "SILENCE_S", 0.1)
+        assert bias(node.verify()) == 1.0
+        assert "does not answer" in node.told("weights-not-shared")[0]["reason"]
+        other.stdin.close()
+
+
 # --- what it says ---------------------------------------------------------------
 
 
