@@ -59,6 +59,15 @@ def test_an_edited_istio_policy_is_refused(shop, without):
         assert stranger_gets_in(shop, replica)
 
 
+def test_no_door_forgets_the_bundle_when_it_reads_policies(shop):
+    settings = config.load()
+    asked = {"service": "new", "namespace": "ztserve", "operations": None}
+    with pytest.raises(ConfigError, match="without the deployment bundle, which"):
+        config.load_policies(settings, **asked)
+    signed = config.load_deployment(settings)
+    assert config.load_policies(settings, **asked, signed=signed)
+
+
 def test_an_edited_federation_file_is_refused(shop, without):
     """It says whose identities policies may name: here those of one more domain."""
     toml = shop.folder / config.FILE

@@ -11,7 +11,7 @@ from ztserve.audit import Log
 from ztserve.authorization import PolicySet
 from ztserve.authorization.files import read_files
 from ztserve.config import environment
-from ztserve.config.deployment import file_name
+from ztserve.config.deployment import file_name, is_demanded
 from ztserve.config.settings import IdentitySettings, Settings
 from ztserve.errors import ConfigError, IdentityError
 from ztserve.types import Operation, on_clock_step
@@ -216,6 +216,11 @@ def load_policies(
     With `operations`, a path that none of them bears is refused too; with `signed`, a
     file whose bytes, as they are parsed here, are not those that were signed.
     """
+    if signed is None and is_demanded(settings):
+        raise ConfigError(
+            "policies are to be read without the deployment bundle, which production "
+            "demands: this is a fault of ztserve, tell its maintainers"
+        )
     texts = read_files(settings.authorization.policies)
     for path, text in texts.items():
         file_check(settings, signed, Path(path))(text.encode())
