@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ztserve import transport
-from ztserve.artifacts import Memory, TrustPolicy, VerifiedModel
+from ztserve.artifacts import FollowedPolicy, Memory, TrustPolicy, VerifiedModel
 from ztserve.config import (
     Settings,
     admit,
@@ -153,12 +153,7 @@ class Replica:
             check=self._check_model,
         )
         with weights.verified(self.plan.models) as models:
-            followed = weights.followed
-            if followed is None and self.signed is not None:
-                followed = follow_trust(self.plan.settings)
-            if followed is not None:
-                # Read anew since the bundle was verified: it could be an older one now.
-                self._check_still(followed.policy)
+            followed = self._followed(weights)
             instance = self._loaded(models, args, kwargs)
             self.description = self._describe(models)
         del models  # what the class has let go is not kept
@@ -221,6 +216,16 @@ class Replica:
         self.quarantine.close()
         if self.tokens is not None:
             self.tokens.close()
+
+    def _followed(self, weights: Weights) -> FollowedPolicy | None:
+        """Return the trust policy to follow; None without models and bundle."""
+        followed = weights.followed
+        if followed is None and self.signed is not None:
+            followed = follow_trust(self.plan.settings)
+        if followed is not None:
+            # Read anew since the bundle was verified: it could be an older one by now.
+            self._check_still(followed.policy)
+        return followed
 
     def _check_model(self, part: str, ref: ModelRef, digest: str) -> None:
         if self.signed is not None and self.part is not None:

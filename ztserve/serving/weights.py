@@ -63,7 +63,7 @@ class Weights:
     process's own. With `lazy` they are read, into that, when they are asked for.
     """
 
-    def __init__(  # noqa: PLR0913 - which, for whom, and how they come
+    def __init__(  # noqa: PLR0913 - the last five have defaults
         self,
         settings: Settings,
         log: Log,
