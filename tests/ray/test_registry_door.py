@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.ray.conftest import free_port
-from tests.ray.shell import ZTSERVE, opened
+from tests.ray.shell import PATIENCE_S, ZTSERVE, opened
 from ztserve import audit
 
 SERVICE = "spiffe://dev.ztserve.internal/ns/ml-inference/sa/inference-service"
@@ -23,7 +23,13 @@ def test_replicas_load_through_the_door_from_where_they_know_no_path_to(
 ):
     toml = shell.project / "ztserve.toml"
     address = f"ztserve://127.0.0.1:{free_port()}"
-    toml.write_text(toml.read_text().replace(".ztserve/registry", address))
+    patient = f"wait_s = {PATIENCE_S}\n"  # Ray takes a minute on a busy machine
+    toml.write_text(
+        toml.read_text()
+        .replace(".ztserve/registry", address)
+        .replace("\ntrust_policy", f"\n{patient}trust_policy")
+        .replace("\ntrust_domain", f"\n{patient}trust_domain")
+    )
     vault = tmp_path / "vault"
     shutil.move(shell.project / ".ztserve/registry", vault)
     # Before there is an agent, for whom it waits.
@@ -31,7 +37,7 @@ def test_replicas_load_through_the_door_from_where_they_know_no_path_to(
     door.says("^waiting for an agent to make us .*: `ztserve run`")
     begun = shell.start(*ZTSERVE, "run", "examples.digits:app")
     begun.says("^not checked before Ray starts: whether digits@production can be had")
-    begun.says("^serving; Ctrl-C stops it")
+    begun.says("^serving; Ctrl-C stops it", 2 * PATIENCE_S)
     assert door.says(r"^ztserve://\S+ as (\S+)")[1].endswith("/ns/ztserve/sa/registry")
     shell.run(*ZTSERVE, "predict", "inference-service", "--example")
     (log,) = (shell.project / ".ztserve/audit").glob("registry-*.jsonl")
