@@ -76,6 +76,20 @@ def test_serve_ends_by_sigterm(door):
     assert running.wait(10) == 0
 
 
+APP = """\
+from ztserve import TensorSpec, ZTDeployment
+
+class Twice(ZTDeployment):
+    inputs = (TensorSpec("x", "FP32", (-1, 1)),)
+    outputs = (TensorSpec("y", "FP32", (-1, 1)),)
+
+    def predict(self, x):
+        return x * 2
+
+app = Twice.bind()
+"""
+
+
 @pytest.mark.slow
 def test_in_production_a_door_has_its_svid_from_the_node(project, published):
     authority = ThrowAwayAuthority("td.example")
@@ -96,6 +110,13 @@ def test_in_production_a_door_has_its_svid_from_the_node(project, published):
     }.items():
         (project / "svid" / name).touch(0o600)
         (project / "svid" / name).write_bytes(content)
+    (project / "twice.py").write_text(APP)
+    for words in (
+        ("key", "new", "root.pem", "--name", "root"),
+        ("sign", ".ztserve/trust.toml", "--key", "root.pem"),
+        ("bundle", "sign", "twice:app"),  # in production doors serve nothing without
+    ):
+        subprocess.run([sys.executable, "-m", "ztserve.cli", *words], check=True)
     listen = f"127.0.0.1:{free_port()}"
     with serving("--listen", listen) as (_, lines):
         assert lines[0] == f"ztserve://{listen} as {who}\n"
