@@ -5,7 +5,8 @@
 The same model, in one file and in four. Each run is a fresh process that imports, then
 loads, then sums a byte of every page; the arms take turns. `cold` has the files out of
 the page cache (posix_fadvise), `warm` has them in it. Figures are medians, with the
-least and the most; peak memory is what the load added, as a part of the model.
+least and the most; peak memory is what the load added, as a part of the model. CPU
+seconds are of all threads together: they hold on a machine that others use, too.
 
 =============  ===================================================================
 mapped         safetensors' `load_file`, which maps the file: what changes it
@@ -162,12 +163,13 @@ def load_once(arm: str, folder: Path) -> None:
     """Load, touch every page, and print the seconds and the memory that it took."""
     load = loader(arm, folder)
     before = _peak_kib()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     tensors = list(load())
     touched = sum(int(one[::PAGE].sum()) for one in tensors)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     grown = _peak_kib() - before
-    print(json.dumps({"s": seconds, "kib": grown, "touched": touched}))
+    told = {"s": seconds, "kib": grown, "touched": touched, "cpu": cpu}
+    print(json.dumps(told))
 
 
 def _peak_kib() -> int:
@@ -176,8 +178,8 @@ def _peak_kib() -> int:
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-def run(arm: str, folder: Path, state: str) -> tuple[float, float, int]:
-    """Run one load in a process of its own; return seconds, KiB and the sum."""
+def run(arm: str, folder: Path, state: str) -> tuple[float, float, int, float]:
+    """Run one load in a process of its own; return seconds, KiB, sum, CPU seconds."""
     for path in (folder / "mapped").iterdir():
         with path.open("rb") as file:
             if state == "cold":
@@ -193,7 +195,7 @@ def run(arm: str, folder: Path, state: str) -> tuple[float, float, int]:
         check=True,
     )
     told = json.loads(done.stdout)
-    return told["s"], told["kib"], told["touched"]
+    return told["s"], told["kib"], told["touched"], told["cpu"]
 
 
 def measure(mib: int, rounds: int) -> list[report.Row]:
@@ -203,7 +205,7 @@ def measure(mib: int, rounds: int) -> list[report.Row]:
         for files in (1, 4):
             make(Path(place, str(files)), mib, files)
         cases = [(files, state) for files in (1, 4) for state in ("cold", "warm")]
-        taken: dict[tuple[int, str, str], list[tuple[float, float, int]]] = {}
+        taken: dict[tuple[int, str, str], list[tuple[float, float, int, float]]] = {}
         turns = [(n, *case) for n in range(rounds) for case in cases]
         for turn, files, state in track(turns, "loading", transient=True):
             for arm in ARMS[:: 1 if turn % 2 else -1]:
@@ -223,6 +225,7 @@ def measure(mib: int, rounds: int) -> list[report.Row]:
                     ("least", min(seconds), "s"),
                     ("most", max(seconds), "s"),
                     ("peak", peak, "of the model"),
+                    ("cpu", median(one[3] for one in taken[files, state, arm]), "s"),
                 ):
                     rows.append(
                         {
@@ -245,9 +248,8 @@ def show(rows: Sequence[report.Row], mib: int) -> None:
         for arm in ARMS:
             base, goal = GOALS[case.rpartition(" ")[2]]
             base = "mapped rank" if arm in RANK else base
-            value = {
-                m: found[case, arm, m] for m in ("median", "least", "most", "peak")
-            }
+            metrics = ("median", "least", "most", "peak", "cpu")
+            value = {metric: found[case, arm, metric] for metric in metrics}
             ratio = value["median"] / found[case, base, "median"]
             table.append(
                 (
@@ -257,11 +259,12 @@ def show(rows: Sequence[report.Row], mib: int) -> None:
                     f"{report.number(value['least'])}..{report.number(value['most'])}",
                     f"{mib / 1024 / value['median']:.2f}",
                     f"{value['peak']:.2f}",
+                    f"{value['cpu']:.2f}",
                     f"{ratio:.2f}x {base}"
                     + (f" (goal {goal})" if arm in SIGNED and arm in WHOLE else ""),
                 )
             )
-    columns = ("case", "arm", "s", "min..max", "GiB/s", "peak memory", "ratio")
+    columns = ("case", "arm", "s", "min..max", "GiB/s", "peak memory", "CPU s", "ratio")
     report.show(f"{mib} MiB of weights; a rank's: a {RANKS}th", columns, table)
     print(f"load average at the end: {os.getloadavg()[0]:.1f}")
 
