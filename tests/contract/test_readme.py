@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 THREATS = README.partition("\n## Threats\n")[2].partition("\n## ")[0]
 ROOMS = """
-identity artifacts transport authorization validation inference filtering audit
+identity artifacts transport authorization validation inference filtering audit doors
 pipeline config serving gateway cli testing
 """.split()  # noqa: SIM905 - the order is easier to see
 
