@@ -306,3 +306,32 @@ def test_breaking_the_policy_does_not_undo_a_revocation(workshop):
         followed.look()
     with pytest.raises(VerificationError, match="revokes the model"):
         verify_model(root, "digits", followed.policy)
+
+
+@CONTROL
+def test_the_policy_of_another_trust_domain_is_not_taken(
+    workshop, monkeypatch, control
+):
+    # One root signs staging's policy and production's; staging's is newer and laxer.
+    root, floor = signing_key(), Floor(workshop.path / "state")
+    ours = workshop.policy_path
+    workshop.write_policy(head='version = 3\ntrust_domain = "prod.example"', tail=NEEDS)
+    sign_policy(ours, root)
+    (workshop.path / "root.pub").write_text(pem(root))
+    followed = FollowedPolicy(
+        ours, floor, root=workshop.path / "root.pub", trust_domain="prod.example"
+    )
+    for line, said in (
+        ('trust_domain = "staging.example"', "is the trust policy of staging.example"),
+        ("", "is the trust policy of no trust domain, and this is prod.example"),
+    ):
+        workshop.write_policy(head=f"version = 9\n{line}")
+        sign_policy(ours, root)
+        if control == "on":
+            with pytest.raises(ConfigError, match=said):
+                followed.look()
+            assert followed.policy.version == 3
+    if control == "off":
+        monkeypatch.setattr(TrustPolicy, "check_trust_domain", lambda *_: None)
+        assert followed.look().version == 9
+        assert not followed.policy.requirements

@@ -118,6 +118,7 @@ class Shell:
     def produce(self, domain: str) -> None:
         """Make the project one of profile production: its trust policy gets a root."""
         policy = self.project / ".ztserve/trust.toml"
+        policy.write_text(policy.read_text().replace("dev.ztserve.internal", domain))
         self.run(*ZTSERVE, "key", "new", "root.pem", "--name", "root")
         self.run(*ZTSERVE, "sign", str(policy), "--key", "root.pem")
         toml = self.project / "ztserve.toml"

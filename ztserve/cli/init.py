@@ -70,7 +70,10 @@ def _keys_and_trust(settings: config.Settings) -> list[Path]:
     ]
     clock = publish.new_authority(folder / "timestamp.pem", name="development clock")
     entries = [*(key.entry for key in keys), clock.entry]
-    text = "# Whose signatures count, and as what: docs/models.md.\nversion = 1\n"
+    text = (
+        "# Whose signatures count, and as what: docs/models.md.\nversion = 1\n"
+        f'trust_domain = "{settings.identity.trust_domain}"\n'
+    )
     _create(trust, "\n".join([text, *entries]).encode())
     return [key.private for key in keys] + [clock.private, trust]
 

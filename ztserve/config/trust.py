@@ -13,7 +13,9 @@ def load_trust(settings: Settings, path: Path | None = None) -> artifacts.TrustP
     """
     chosen = settings.artifacts
     policy = artifacts.TrustPolicy.load(
-        path or chosen.trust_policy, root=chosen.trust_root
+        path or chosen.trust_policy,
+        root=chosen.trust_root,
+        trust_domain=settings.identity.trust_domain,
     )
     if path is None:
         artifacts.check_anchored(policy)
@@ -25,7 +27,10 @@ def follow_trust(settings: Settings) -> artifacts.FollowedPolicy:
     """Read the trust policy, remember it as seen, and follow it; ConfigError."""
     chosen = settings.artifacts
     followed = artifacts.FollowedPolicy(
-        chosen.trust_policy, _floor(settings), root=chosen.trust_root
+        chosen.trust_policy,
+        _floor(settings),
+        root=chosen.trust_root,
+        trust_domain=settings.identity.trust_domain,
     )
     artifacts.check_anchored(followed.policy)
     return followed

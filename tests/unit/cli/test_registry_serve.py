@@ -101,6 +101,8 @@ def test_in_production_a_door_has_its_svid_from_the_node(project, published):
         .replace("# trust_root", "trust_root")
         .replace("[identity]", '[identity]\nsvid_folder = "svid"\nwait_s = 5')
     )
+    policy = project / ".ztserve/trust.toml"
+    policy.write_text(policy.read_text().replace("dev.ztserve.internal", "td.example"))
     who = SpiffeId.parse("spiffe://td.example/ns/ztserve/sa/registry")
     svid = authority.issue(who)
     (project / "svid").mkdir(mode=0o700)

@@ -129,9 +129,10 @@ class Shop:
         path.chmod(0o644)
         return path
 
-    def write_policy(self, root=None, **more) -> TrustPolicy:
+    def write_policy(self, root=None, head="version = 1", **more) -> TrustPolicy:
         """Write a trust policy, signed under the root, or under another."""
-        self.workshop.write_policy(**more)
+        head += f'\ntrust_domain = "{DOMAIN}"'
+        self.workshop.write_policy(head=head, **more)
         publish.sign_policy(self.workshop.policy_path, root or self.root)
         return self.workshop.trust
 

@@ -20,14 +20,22 @@ class FollowedPolicy:
     never changes.
     """
 
-    def __init__(self, path: Path, floor: Floor, *, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        floor: Floor,
+        *,
+        root: Path | None = None,
+        trust_domain: str = "",
+    ) -> None:
         self._path = path
         self._root = root
+        self._trust_domain = trust_domain
         self._floor = floor
         self._tried = self._stamp()
         self._unkept = ""
         """What has kept the floor from remembering `policy`, where something has."""
-        self.policy = TrustPolicy.load(path, root=root)
+        self.policy = self._load()
         floor.keep(self.policy)
 
     def look(self) -> TrustPolicy | None:
@@ -45,7 +53,7 @@ class FollowedPolicy:
         return self.policy if self.policy.digest != before.digest else None
 
     def _take(self) -> None:
-        policy = TrustPolicy.load(self._path, root=self._root)
+        policy = self._load()
         if policy.root != self.policy.root:
             raise ConfigError(
                 f"{self._path} is signed under {policy.root or 'no root'} now, and was "
@@ -56,6 +64,11 @@ class FollowedPolicy:
         with suppress(ConfigError):  # tried again, and told, at the next look
             self._floor.keep(policy)
             self._unkept = ""
+
+    def _load(self) -> TrustPolicy:
+        return TrustPolicy.load(
+            self._path, root=self._root, trust_domain=self._trust_domain
+        )
 
     def _keep_again(self) -> None:
         told, self._unkept = self._unkept, ""

@@ -69,21 +69,25 @@ class TrustPolicy(Terms):
         path: str | os.PathLike[str],
         *,
         root: str | os.PathLike[str] | None = None,
+        trust_domain: str = "",
         now: datetime | None = None,
     ) -> Self:
         """Read a policy file.
 
         `root` is the public key (PEM text, or a file of it) under which the policy
         must be signed, by an envelope in the file ``<path>.sig`` beside it; its
-        signers' keys must then be PEM text within, so that they are signed too. Raises
-        ConfigError on whatever is not understood, on a file that group or others may
-        write, without signers, after `expires`, and where the signature is missing or
-        does not hold.
+        signers' keys must then be PEM text within, so that they are signed too.
+        `trust_domain` is ours, '' for any: one root may sign the policies of several,
+        and none of them may stand in for another. Raises ConfigError on whatever is
+        not understood, on a file that group or others may write, without signers,
+        after `expires`, and where the signature is missing or does not hold.
         """
         path = Path(path)
         raw = read_guarded(path)
         signed = "" if root is None else check_root_signature(path, raw, root)
         policy = cls.parse(raw, path, inline=root is not None, root=signed)
+        if trust_domain:
+            policy.check_trust_domain(trust_domain, path)
         try:
             policy.check_current(now)
         except VerificationError as error:
@@ -96,6 +100,15 @@ class TrustPolicy(Terms):
         raw = read_guarded(Path(path))
         cls.parse(raw, Path(path), inline=True)
         return raw
+
+    def check_trust_domain(self, ours: str, path: Path) -> None:
+        """Raise ConfigError if it is another trust domain's, or signed for any."""
+        if self.trust_domain != ours and (self.trust_domain or self.root):
+            whose = self.trust_domain or "no trust domain"
+            raise ConfigError(
+                f"{path} is the trust policy of {whose}, and this is {ours}: fetch the "
+                f'right one, or write trust_domain = "{ours}" into it and sign it again'
+            )
 
     def check_current(self, now: datetime | None = None) -> None:
         """Raise VerificationError once the policy has expired."""

@@ -3,6 +3,7 @@
 Nobody is trusted by default, and a file that others could write is not a policy::
 
     version = 1                                 # raise it with each change
+    trust_domain = "example.org"                # whose policy it is; a must if signed
     expires = 2027-06-30T00:00:00Z              # optional
     formats = ["safetensors", "json"]           # optional: no file of another suffix
 
@@ -78,6 +79,7 @@ from ztserve.errors import ConfigError, VerificationError
 
 _TABLES = (
     "version",
+    "trust_domain",
     "expires",
     "formats",
     "signers",
@@ -100,6 +102,8 @@ class Terms:
     signers: tuple[Signer, ...]
     digest: str
     """``sha256:<hex>`` of the file: names this policy in the audit."""
+    trust_domain: str = ""
+    """Of those who judge by it; '': not said."""
     expires: datetime | None = None
     revoked_keys: Mapping[str, str] = field(default_factory=dict)
     """Key id to the reason, which may be empty."""
@@ -144,6 +148,7 @@ class Terms:
             version=version,
             signers=signers,
             digest="sha256:" + hashlib.sha256(raw).hexdigest(),
+            trust_domain=take(table, "trust_domain", str, where) or "",
             expires=take_time(table, "expires", where),
             revoked_keys=_digests(revoked, "keys", where),
             revoked_manifests=_digests(revoked, "manifests", where),
