@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="name:version")
     signer.arguments(parser, "the development deployer's")
     certified.arguments(parser)
-    parser.add_argument("--registry", type=Path, help="default: ztserve.toml's")
+    parser.add_argument("--registry", help="a folder (default: ztserve.toml's)")
     parser.add_argument(
         "--alias", action="append", help="may be repeated (default: production)"
     )
@@ -31,6 +31,7 @@ def run(chosen: argparse.Namespace) -> int:
     ref = ModelRef(chosen.model)
     if ref.version is None:
         raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
+    registry = _folder(chosen) or settings.artifacts.folder
     trust = config.load_trust(settings)
     with reading.bar(f"verifying {ref} for its release") as progress:
         looked_at = verify_model(
@@ -60,7 +61,7 @@ def run(chosen: argparse.Namespace) -> int:
         verify_model(chosen.directory, ref.pinned(digest), trust, progress=progress)
     model = publish.publish(
         chosen.directory,
-        chosen.registry or settings.artifacts.folder,
+        registry,
         name=ref.name,
         version=ref.version,
         aliases=chosen.alias or ["production"],
@@ -68,3 +69,16 @@ def run(chosen: argparse.Namespace) -> int:
     )
     print(f"{model.name}:{model.version} {model.digest}")
     return 0
+
+
+def _folder(chosen: argparse.Namespace) -> Path | None:
+    """Return the folder that --registry names; ConfigError where it is a server."""
+    if chosen.registry is None:
+        return None
+    if "://" in chosen.registry:
+        # An address may hold a password, which is not repeated.
+        raise ConfigError(
+            "--registry: a server is not published into; name a folder, then "
+            f"`ztserve registry push {chosen.model} --to SERVER`"
+        )
+    return Path(chosen.registry)

@@ -265,6 +265,20 @@ def test_publish_of_unsigned_weights_is_refused(ztserve, project, weights):
     assert "is not signed" in done.err
 
 
+def test_publishing_into_a_server_names_push_and_makes_no_folder(
+    ztserve, project, weights
+):
+    ztserve("sign", weights)
+    before = sorted(project.iterdir())
+    server = "oci+https://me:secret@registry.example/models"
+    done = ztserve("publish", weights, "double:1", "--registry", server)
+    assert done.code == 2
+    assert "`ztserve registry push double:1 --to SERVER`" in done.err
+    assert "secret" not in done.err
+    assert not (weights / "release.sig").exists()
+    assert sorted(project.iterdir()) == before
+
+
 def test_a_version_is_published_once(ztserve, project, published):
     (published / "note.json").write_text("{}")
     ztserve("sign", published)
