@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 from ztserve import config
@@ -64,16 +65,18 @@ def run(chosen: argparse.Namespace) -> int:
     else:
         kind, predicate = publish.TEST_RESULT, _evaluation(chosen)
     signing = certified.signer(chosen, lambda: _key(chosen), "evaluator")
-    print(
-        publish.attest_model(
-            chosen.directory,
-            signing,
-            name=chosen.name,
-            predicate_type=kind,
-            predicate=predicate,
-            digest=chosen.digest,
-        )
+    path = publish.attest_model(
+        chosen.directory,
+        signing,
+        name=chosen.name,
+        predicate_type=kind,
+        predicate=predicate,
+        digest=chosen.digest,
     )
+    print(path)
+    if chosen.predicate is None and predicate["result"] != "PASSED":
+        # Signed all the same: whoever signed it must see what it says.
+        print(f"signed with the result {predicate['result']}", file=sys.stderr)
     return 0
 
 

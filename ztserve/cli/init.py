@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,8 +26,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Write the files and name them."""
-    for path in initialise(chosen.folder):
+    written = initialise(chosen.folder)
+    for path in written:
         print(path)
+    if not written:
+        print(
+            f"{chosen.folder.resolve()} is a project already: nothing was written",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -18,7 +18,10 @@ def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) ->
         for row in rows:
             print("\t".join(printable(str(cell)) for cell in row))
         return
-    drawn = Table(*heads, title=title or None, title_justify="left")
+    drawn = Table(title=title or None, title_justify="left")
+    for head in heads:
+        # Folded, never cut: a digest must be there to the last digit.
+        drawn.add_column(head, overflow="fold")
     for row in rows:
         # As Text: what stands in brackets is no markup.
         drawn.add_row(*(Text(printable(str(cell))) for cell in row))

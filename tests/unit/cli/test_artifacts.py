@@ -359,7 +359,7 @@ def test_sign_says_what_it_cannot_hash(ztserve, project, weights, words, complai
 def test_sign_names_a_directory_that_is_not_there(ztserve, project):
     done = ztserve("sign", "nowhere")
     assert done.code == 2
-    assert "nowhere" in done.err
+    assert "there is no folder nowhere" in done.err
 
 
 # --- stages ---------------------------------------------------------------------
@@ -424,7 +424,10 @@ def test_publishing_writes_a_verification_summary(ztserve, published):
 
 
 def test_a_poor_metric_is_attested_as_failed_and_refused(ztserve, evaluated):
-    ztserve("attest", evaluated, "--metric", "accuracy=0.5", "--minimum", "accuracy=1")
+    said = ztserve(
+        "attest", evaluated, "--metric", "accuracy=0.5", "--minimum", "accuracy=1"
+    )
+    assert (said.code, said.err) == (0, "signed with the result FAILED\n")
     done = ztserve("publish", evaluated, "double:1")
     assert done.code == 2
     assert "its result is FAILED, not PASSED" in done.err

@@ -40,6 +40,7 @@ def test_a_second_init_changes_nothing(ztserve, empty):
     before = snapshot(empty)
     done = ztserve("init")
     assert (done.code, done.out) == (0, "")
+    assert done.err == f"{empty} is a project already: nothing was written\n"
     assert snapshot(empty) == before
 
 

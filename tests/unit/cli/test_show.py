@@ -105,6 +105,16 @@ def test_a_table_on_a_terminal_shows_cells_as_they_are(capsys, monkeypatch):
     assert "\ufffd[2Jy" in drawn
 
 
+def test_a_digest_in_a_table_is_folded_and_never_cut(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
+    monkeypatch.setenv("COLUMNS", "40")
+    digest = "0123456789abcdef" * 4
+    show.table("", ("what", "digest"), [("model", digest)])
+    drawn = capsys.readouterr().out
+    lines = [line.split("│")[2].strip() for line in drawn.splitlines() if "│" in line]
+    assert "".join(lines) == digest
+
+
 def test_a_table_in_a_pipe_is_separated_by_tabs(capsys):
     show.table("title", ("a", "b"), [(1, None), ("x\x1b", "y")])
     assert capsys.readouterr().out == "1\tNone\nx\ufffd\ty\n"

@@ -101,7 +101,9 @@ def list_files(root: Path) -> dict[str, int]:
             finally:
                 os.close(descriptor)
     except FileNotFoundError as error:
-        raise RegistryError(f"{root} vanished while it was listed") from error
+        raise RegistryError(
+            f"there is no folder {root}, or it vanished while it was listed"
+        ) from error
     return found
 
 
