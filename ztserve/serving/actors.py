@@ -211,11 +211,13 @@ class DirectoryActor:
         host = settings.directory.host
         try:
             host, port = self._server.start(host, range(port, port + 1))
-        except ConfigError as error:
+        except ConfigError:
+            # Not chained: of a traceback in a traceback, Ray shows the inmost error
+            # first, which names keys of the replicas' ports.
             raise ConfigError(
                 f"{host}:{port} is taken, by another project's directory perhaps: "
                 "choose another [directory] port"
-            ) from error
+            ) from None
         self._address = f"{host}:{port}"
 
     def address(self) -> str:
