@@ -218,7 +218,7 @@ def measure(mib: int, rounds: int) -> list[report.Row]:
         identities(folder)
         for files in (1, 4):
             make(folder / str(files), mib, files)
-            model = folder / str(files) / "model"
+            model = folder / str(files) / "ztserve"
             case = f"{files} file{'s' * (files > 1)}"
             taken: dict[str, list[Taken]] = {arm: [] for arm in ARMS}
             with served(folder, model) as door:

@@ -105,7 +105,7 @@ def broke(place: Path, folder: Path) -> None:
 
     def verified(ref: ModelRef, memory: Memory) -> None:
         trust = TrustPolicy.load(folder / "trust.toml")
-        verify_model(folder / "model", ref, trust, memory=memory)
+        verify_model(folder / "ztserve", ref, trust, memory=memory)
 
     broker = Broker(
         place / "weights.sock", source(place, "broker"), verified, max_bytes=1 << 40
@@ -129,7 +129,7 @@ def replicate(arm: str, place: Path, folder: Path) -> None:
     began, cpu = time.perf_counter(), time.process_time()
     trust = TrustPolicy.load(folder / "trust.toml")
     model = verify_model(
-        folder / "model", "m:1", trust, memory=None if arm == "own" else memory
+        folder / "ztserve", "m:1", trust, memory=None if arm == "own" else memory
     )
     loaded = time.perf_counter() - began
     tensors = [tensor for _, tensor in model.tensors()]
@@ -190,7 +190,7 @@ def _open(pipe: IO[str] | None) -> IO[str]:
 
 def turn(place: Path, folder: Path, mib: int) -> dict[tuple[str, str], float]:
     """Run each arm once; return the figures by arm and metric."""
-    for path in (folder / "model").iterdir():
+    for path in (folder / "ztserve").iterdir():
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.artifacts.workshop import Workshop, pem, signing_key
-from tests.unit.serving.shop import MODULE, PAIR, POLICY, private, shop
+from tests.unit.serving.shop import DOMAIN, MODULE, PAIR, POLICY, private, shop
 from ztserve import artifacts, config
 from ztserve.artifacts import TrustPolicy, VerifiedDeployment, publish
 from ztserve.artifacts.deployment import anchor, floor, importing, judging
@@ -182,7 +182,7 @@ def takeover(shop, tmp_path):
     keys = {role: shop.workshop.keys[role] for role in ("trainer", "evaluator")}
     evil.keys |= keys
     evil.published("evil-model", version="2", fill=9.0)
-    evil.write_policy()
+    evil.write_policy(head=f'version = 1\ntrust_domain = "{DOMAIN}"')
     publish.sign_policy(evil.policy_path, root)
     (made / "root.pub").write_text(pem(root))
     (made / "deployer.pem").write_bytes(private(evil.keys["deployer"]))

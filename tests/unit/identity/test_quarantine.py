@@ -4,7 +4,6 @@ import os
 import stat
 import threading
 import time
-from timeit import timeit
 
 import pytest
 
@@ -137,19 +136,6 @@ def test_two_changes_within_one_tick_of_the_clock_are_both_noticed(quarantine, p
         file.write(text)
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     assert soon(lambda: refuses(quarantine, peer(serial=0xBBBB)))
-
-
-@pytest.mark.slow
-def test_a_check_costs_next_to_nothing(quarantine, path):
-    one, calls = peer(), 20_000
-    for count in (0, 40):
-        for number in range(count):
-            add(path, f"{number + 1:x}")
-        assert soon(lambda count=count: len(quarantine._held) == count)
-        best = min(
-            timeit(lambda: quarantine.check(one), number=calls) for _ in range(7)
-        )
-        assert best / calls < 1e-6  # 0.05 and 0.15 us on a quiet machine
 
 
 def test_it_can_be_closed_twice(path):
