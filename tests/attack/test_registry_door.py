@@ -26,6 +26,7 @@ from ztserve import audit, config
 from ztserve.artifacts import Resolved, open_registry, verify_model
 from ztserve.artifacts.loading import loader
 from ztserve.artifacts.publish import sign_model
+from ztserve.artifacts.registry import layout
 from ztserve.authorization import Decision, PolicySet
 from ztserve.doors import (
     DoorAddress,
@@ -287,6 +288,32 @@ def test_one_principals_reads_leave_room_for_others(tmp_path, each):
             for one in hogs:
                 one.join()
     assert outcomes.count(Overloaded) == 8 - each
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "parsed anew"])
+def test_one_principal_cannot_have_the_index_parsed_again_and_again(
+    tmp_path, monkeypatch, kept
+):
+    """With thousands of models it takes most of a second, and all others wait."""
+    parsed = []
+    parse = layout.parse_index
+    monkeypatch.setattr(layout, "parse_index", lambda *a: parsed.append(1) or parse(*a))
+    if not kept:
+        monkeypatch.setattr(layout.LayoutRegistry, "_index", parsed_anew)
+    with published(tmp_path) as (workshop, door), asking(door) as ask:
+        model = about(workshop, "Attestations", "digits")
+        parsed.clear()
+        for _ in range(10):
+            ask("Resolve", about(workshop, "Resolve", "digits"))
+            ask("Attestations", model)
+            with pytest.raises(CallError, match="has no such digits"):
+                ask("Resolve", pb.ResolveRequest(reference="digits:9"))
+        assert (len(parsed) == 1) if kept else (len(parsed) >= 30)
+
+
+def parsed_anew(self):
+    raw = layout.read_file(self._root, "index.json", limit=1 << 20)
+    return layout.parse_index(raw, "")
 
 
 # --- what there is to read ------------------------------------------------------------

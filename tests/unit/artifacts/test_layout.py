@@ -78,7 +78,8 @@ def test_a_registry_read_again_shows_what_was_published_since(workshop):
 
 
 def test_entries_of_other_kinds_are_left_alone():
-    assert parse_index(index({"digest": DIGEST, "size": 2}), "here") == []
+    found = parse_index(index({"digest": DIGEST, "size": 2}), "here")
+    assert (found.models, found.referrers) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -111,9 +112,9 @@ def test_a_model_without_signature_or_release_is_refused(workshop, monkeypatch):
     registry = open_registry(workshop.registry)
     registry.resolve(model.ref)
     for name, message in (("model.sig", "signed"), ("release.sig", "released")):
-        layers = dict(registry._layers[model])
-        del layers[name]
-        monkeypatch.setitem(registry._layers, model, layers)
+        manifest, layers = registry._layers[model]
+        left = {other: layers[other] for other in layers if other != name}
+        monkeypatch.setitem(registry._layers, model, (manifest, left))
         with pytest.raises(VerificationError, match=f"is not {message}: it has no"):
             (registry.signature if name == "model.sig" else registry.release)(model)
 

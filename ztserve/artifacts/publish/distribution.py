@@ -151,7 +151,7 @@ class _Layout:
             raise ConfigError(f"{ref}: name the version to push: name:version")
         versions = [
             entry
-            for entry in parse_index(self._index, self._where)
+            for entry in parse_index(self._index, self._where).models
             if entry.model.name == ref.name
         ]
         for entry in versions:

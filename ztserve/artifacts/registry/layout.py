@@ -8,6 +8,7 @@ with stock tools.
 
 import hashlib
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ztserve.artifacts.registry.files import FileReader, open_file, read_file
 from ztserve.artifacts.registry.protocol import Resolved
 from ztserve.artifacts.registry.referrers import (
     MAX_REFERRER_BYTES,
+    OF,
     parse_bundle_layer,
     parse_referrers,
 )
@@ -71,12 +73,28 @@ class Entry:
     manifest: Blob
 
 
+@dataclass(frozen=True, slots=True)
+class Index:
+    """index.json as it was read, and what it says."""
+
+    raw: bytes
+    models: list[Entry]
+    referrers: list[Object]
+
+
 class LayoutRegistry:
-    """Read-only access to the models of an OCI image layout."""
+    """Read-only access to the models of an OCI image layout.
+
+    The index is read each time, and parsed where it has changed: with thousands of
+    models that takes most of a second, which a caller of a door could ask for again
+    and again. Thread-safe.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._layers: dict[Resolved, Mapping[str, Blob]] = {}
+        self._layers: dict[Resolved, tuple[Blob, Mapping[str, Blob]]] = {}
+        self._known: Index | None = None
+        self._parsing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"LayoutRegistry({str(self._root)!r})"
@@ -87,7 +105,8 @@ class LayoutRegistry:
         The other verbs answer as of the last `resolve` of their model. Raises
         RegistryError where there is no such model.
         """
-        found = [e for e in self._entries() if e.model.name == ref.name]
+        name = ref.name  # found anew at each use
+        found = [e for e in self._index().models if e.model.name == name]
         if not found:
             raise RegistryError(
                 f"{self._root} has no model {ref.name!r}: publish it with `ztserve "
@@ -105,10 +124,13 @@ class LayoutRegistry:
         if not found:
             raise RegistryError(f"{self._root} has no {ref}; it has {latest}")
         entry = found[-1]
-        raw = read_blob(self._root, entry.manifest, limit=MAX_INDEX_BYTES)
-        if len(self._layers) >= MAX_REMEMBERED:
-            self._layers.clear()
-        self._layers[entry.model] = parse_layers(raw, f"{ref}")
+        known = self._layers.get(entry.model)
+        if known is None or known[0] != entry.manifest:
+            raw = read_blob(self._root, entry.manifest, limit=MAX_INDEX_BYTES)
+            layers = parse_layers(raw, f"{ref}")
+            if len(self._layers) >= MAX_REMEMBERED:
+                self._layers.clear()
+            self._layers[entry.model] = (entry.manifest, layers)
         return entry.model
 
     def signature(self, model: Resolved) -> bytes:
@@ -122,9 +144,7 @@ class LayoutRegistry:
     def attestations(self, model: Resolved) -> Mapping[str, bytes]:
         """Return the bundles that refer to the model, by name, as of now."""
         where = f"{self._root / INDEX_FILE}"
-        found = parse_referrers(
-            self._index(), model, where, limit=MAX_INDEX_BYTES, most=MAX_MODELS
-        )
+        found = parse_referrers(self._index().referrers, model, where)
         return {one.name: self._attestation(one.name, one.node) for one in found}
 
     def _attestation(self, name: str, node: Object) -> bytes:
@@ -157,14 +177,15 @@ class LayoutRegistry:
             )
         return read_blob(self._root, layers[name], limit=MAX_BUNDLE_BYTES)
 
-    def _entries(self) -> list[Entry]:
-        return parse_index(self._index(), f"{self._root / INDEX_FILE}")
-
-    def _index(self) -> bytes:
+    def _index(self) -> Index:
         try:
-            return read_file(self._root, INDEX_FILE, limit=MAX_INDEX_BYTES)
+            raw = read_file(self._root, INDEX_FILE, limit=MAX_INDEX_BYTES)
         except FileNotFoundError as error:
             raise RegistryError(f"{self._root} has no {INDEX_FILE}") from error
+        with self._parsing:  # one for all who ask meanwhile
+            if self._known is None or self._known.raw != raw:
+                self._known = parse_index(raw, f"{self._root / INDEX_FILE}")
+            return self._known
 
     def _of(self, model: Resolved) -> Mapping[str, Blob]:
         found = self._layers.get(model)
@@ -173,7 +194,7 @@ class LayoutRegistry:
             found = self._layers.get(model)
         if found is None:
             raise RegistryError(f"{self._root} has no {model.ref}")
-        return found
+        return found[1]
 
     def _open(self, blob: Blob, what: str) -> FileReader:
         return open_blob(self._root, blob, what)
@@ -211,15 +232,13 @@ def read_blob(root: Path, blob: Blob, *, limit: int) -> bytes:
     return raw
 
 
-def parse_index(raw: bytes, where: str) -> list[Entry]:
-    """Parse index.json; entries that are no models (attestations) are left out.
-
-    Raises RegistryError.
-    """
+def parse_index(raw: bytes, where: str) -> Index:
+    """Parse index.json: its models, and what refers to them. Raises RegistryError."""
     try:
         index = load_object(raw, limit=MAX_INDEX_BYTES)
         entries = get_objects(index, "manifests", limit=MAX_MODELS)
-        return [_entry(e) for e in entries if NAME in _annotations(e)]
+        models = [_entry(e) for e in entries if NAME in _annotations(e)]
+        return Index(raw, models, [e for e in entries if OF in _annotations(e)])
     except Malformed as error:
         raise RegistryError(f"{where}: {error}") from error
 

@@ -6,6 +6,7 @@ the model, its name and version, and the name of the attestation, so that only t
 one release are read.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ztserve.artifacts.registry.protocol import Resolved
@@ -39,14 +40,10 @@ class Referrer:
 
 
 def parse_referrers(
-    raw: bytes, model: Resolved, where: str, *, limit: int, most: int
+    entries: Iterable[Object], model: Resolved, where: str
 ) -> list[Referrer]:
-    """Return the attestations that an index lists for one release; RegistryError.
-
-    `limit`: bytes of the index; `most`: entries of it.
-    """
+    """Return the attestations of a release among an index's entries; RegistryError."""
     try:
-        entries = get_objects(load_object(raw, limit=limit), "manifests", limit=most)
         found = [
             Referrer(get(_annotations(entry), NAME, str), entry)
             for entry in entries

@@ -36,6 +36,8 @@ REQUEST_S = 5.0
 WAIT_S = 1.0
 """How often a replica is told that its model is being read."""
 MAX_CONNECTIONS = 256
+MAX_MODELS = 64
+"""Models that are held or read at once: a read goes on when who asked has left."""
 _RETRY_S = 0.1
 _MIB = 1 << 20
 
@@ -146,28 +148,36 @@ class Broker:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError as error:
+                self._admit(connection)
+            except (OSError, RuntimeError) as error:
                 if self._closed.wait(_RETRY_S):
                     return
+                # Out of descriptors or threads, say: a broker must not turn deaf.
                 _LOG.error("the weights broker takes nobody on now: %s", error)
-                continue  # out of descriptors, say: a broker must not turn deaf
+
+    def _admit(self, connection: socket.socket) -> None:
+        with self._lock:
+            full = len(self._connections) >= MAX_CONNECTIONS
+            if not full:
+                self._connections.add(connection)
+        if full:
+            self._note("weights-refused", reason=f"over {MAX_CONNECTIONS} replicas")
+            connection.close()
+            return
+        thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
             with self._lock:
-                full = len(self._connections) >= MAX_CONNECTIONS
-                if not full:
-                    self._connections.add(connection)
-            if full:
-                self._note("weights-refused", reason=f"over {MAX_CONNECTIONS} replicas")
-                connection.close()
-            else:
-                threading.Thread(
-                    target=self._serve, args=(connection,), daemon=True
-                ).start()
+                self._connections.discard(connection)
+            connection.close()
+            raise
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             with connection:
                 self._answer(connection)
-        except (OSError, Malformed, ZTServeError) as error:
+        except (OSError, RuntimeError, Malformed, ZTServeError) as error:
             self._note("weights-refused", reason=str(error))
         finally:
             with self._lock:
@@ -183,7 +193,11 @@ class Broker:
             )
         )
         connection.settimeout(REQUEST_S)
-        digest, shared = self._held(request.ref)
+        try:
+            digest, shared = self._held(request.ref)
+        except RegistryError as error:
+            wire.send(connection, {"refused": str(error)})
+            raise
         try:
             while not shared.ready.wait(WAIT_S):
                 wire.send(connection, {"wait": True})
@@ -216,24 +230,44 @@ class Broker:
             sizes=memory.sizes,
             digests=memory.digests,
         )
-        wire.send(connection, statement.sign(stated, svid))
+        try:
+            message = statement.sign(stated, svid)
+        except RegistryError as error:
+            wire.send(connection, {"refused": str(error)})
+            raise
+        wire.send(connection, message)
         wire.send_descriptor(connection, memory.descriptor)
 
     # --- models -------------------------------------------------------------------
 
     def _held(self, ref: ModelRef) -> tuple[str, _Shared]:
-        """Return the model with one holder more; begin to read it if need be."""
+        """Return the model with one holder more; begin to read it if need be.
+
+        Raises RegistryError where there are too many, RuntimeError without a thread.
+        """
         digest = str(ref.digest)
         with self._lock:
             shared = self._models.get(digest)
             if shared is None:
+                self._make_room()
                 shared = _Shared(SealedMemory(lambda size: self._reserve(digest, size)))
-                self._models[digest] = shared
+                # Started first: nobody is to wait for a model that no thread reads.
                 threading.Thread(
                     target=self._read, args=(ref, shared), daemon=True
                 ).start()
+                self._models[digest] = shared
             shared.holders += 1
         return digest, shared
+
+    def _make_room(self) -> None:
+        """Raise RegistryError where one model more would be too many; lock held."""
+        unheld = self._unheld()
+        while len(self._models) >= MAX_MODELS:
+            if not unheld:
+                raise RegistryError(
+                    f"{MAX_MODELS} models are held or being read, which is the limit"
+                )
+            self._free(unheld.pop(0))
 
     def _read(self, ref: ModelRef, shared: _Shared) -> None:
         began = time.monotonic()
@@ -253,6 +287,7 @@ class Broker:
             if shared.refusal:  # the next who asks has it tried again
                 with self._lock:
                     self._models.pop(str(ref.digest), None)
+                    shared.memory.close()
             shared.ready.set()
 
     def _reserve(self, digest: str, size: int) -> None:

@@ -4,12 +4,18 @@ One piece of it holds all files of a model in the order of their names, each fro
 beginning of a page on. It could be written to only through the one mapping in which it
 was filled and hashed: F_SEAL_FUTURE_WRITE is on before the first byte, and the kernel
 grants F_SEAL_WRITE only once that mapping is gone. No process can take a seal off.
+
+Which memory it is, is told by its inode number. These are never used again from Linux
+5.9 on (commit e809d5f0b5c9, 64 bits of tmpfs's own); before, a counter of 32 bits for
+all file systems wraps, and who makes enough of them gets a number that is taken.
 """
 
 import errno
 import fcntl
 import mmap
 import os
+import platform
+import re
 import stat
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -26,6 +32,9 @@ _NOEXEC = 0x8
 _FIXED = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 SEALS = _FIXED | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 """What shared memory must have: no other size, no other bytes, no seal more."""
+
+_UNIQUE_SINCE = (5, 9)
+"""Which Linux it takes for inode numbers to be one memory's alone."""
 
 
 class MemoryId(NamedTuple):
@@ -56,6 +65,7 @@ class SealedMemory:
         Raises RegistryError where there is no such memory, and as `read_all`.
         """
         size = layout(wanted.sizes)[1]
+        check_numbering(platform.release())
         self._reserve(size)
         self.descriptor = _create(size)
         try:
@@ -86,6 +96,16 @@ def layout(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
         offsets[name] = end
         end += -(-sizes[name] // mmap.PAGESIZE) * mmap.PAGESIZE
     return offsets, max(end, mmap.PAGESIZE)
+
+
+def check_numbering(release: str) -> None:
+    """Raise RegistryError where the kernel gives an inode number twice."""
+    version = re.match(r"(\d+)\.(\d+)", release)
+    if version is None or tuple(map(int, version.groups())) < _UNIQUE_SINCE:
+        raise RegistryError(
+            f"Linux {release:.80} may give two memories one inode number, so that "
+            "which one was hashed cannot be told; sharing takes Linux 5.9"
+        )
 
 
 def check_sealed(descriptor: int) -> MemoryId:
@@ -193,5 +213,5 @@ def _add_seals(descriptor: int, seals: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except OSError as error:
         raise RegistryError(
-            f"memory cannot be sealed here ({error.strerror}); it takes Linux 5.1"
+            f"memory cannot be sealed here ({error.strerror}); it takes Linux 5.9"
         ) from error

@@ -35,7 +35,7 @@ from ztserve.artifacts.statements.strict import (
     load_object,
     only,
 )
-from ztserve.errors import Unauthenticated, VerificationError
+from ztserve.errors import RegistryError, Unauthenticated, VerificationError
 from ztserve.identity import Identity, Svid, verify_peer
 from ztserve.types import ModelRef, Peer
 
@@ -101,7 +101,10 @@ def parse_request(message: Object) -> Request:
 
 
 def sign(statement: Statement, svid: Svid) -> dict[str, object]:
-    """Return the statement as the wire has it, signed, with the SVID's chain."""
+    """Return the statement as the wire has it, signed, with the SVID's chain.
+
+    Raises RegistryError where it is longer than those who verify it read.
+    """
     payload = json.dumps(
         {
             "nonce": statement.nonce,
@@ -114,6 +117,11 @@ def sign(statement: Statement, svid: Svid) -> dict[str, object]:
             ],
         }
     ).encode()
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise RegistryError(
+            f"{len(statement.sizes)} files take a statement of {len(payload)} bytes, "
+            f"more than the limit of {MAX_PAYLOAD_BYTES}"
+        )
     message, key = pae(PAYLOAD_TYPE, payload), svid.key
     if isinstance(key, rsa.RSAPrivateKey):
         signature = key.sign(message, _PSS, hashes.SHA256())
