@@ -539,7 +539,7 @@ class MlflowServer(HttpServer):
             assert "get-download-uri" in base
             return answer(json.dumps({"artifact_uri": self.uri}).encode())
         if tail.startswith("/"):
-            name = tail.removeprefix("/1/a/model/")
+            name = tail.removeprefix("/1/a/model/").removeprefix("/9/evil/model/")
             return ranged((self.root / name).read_bytes(), headers)
         files = [
             {"path": path.name, "is_dir": False, "file_size": path.stat().st_size}
@@ -557,6 +557,24 @@ def mlflow(workshop):
 def test_mlflow_is_asked_by_get_only(mlflow, workshop):
     assert verify_model(mlflow.url, "digits:1", workshop.trust)
     assert {verb for verb, _, _ in mlflow.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "not checked"])
+def test_a_folder_that_claims_to_be_another_model_does_not_take_its_place(
+    mlflow, monkeypatch, checked
+):
+    registry = open_registry(mlflow.url)
+    digits = registry.resolve(ModelRef("digits:1"))
+    before = registry._folders[digits]
+    mlflow.uri = "mlflow-artifacts:/9/evil/model"  # where anybody may put a copy
+    if not checked:
+        monkeypatch.setattr(mlflow_registry, "check_answered", lambda *_: None)
+        registry.resolve(ModelRef("evil:1"))
+        assert registry._folders[digits].path == "9/evil/model"
+        return
+    with pytest.raises(VerificationError, match="as evil:1 claims to be digits:1@sha"):
+        registry.resolve(ModelRef("evil:1"))
+    assert registry._folders[digits] is before
 
 
 @pytest.mark.parametrize(

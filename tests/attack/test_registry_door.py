@@ -1,6 +1,7 @@
 """Attacks on the registry door, and by one: refused, and at work without a control."""
 
 import hashlib
+import json
 import random
 import socket
 import threading
@@ -10,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 
+from tests.unit.artifacts.servers import LayoutServer, ranged
+from tests.unit.artifacts.servers import serving as held
 from tests.unit.artifacts.workshop import Workshop
 from tests.unit.doors.support import (
     DIGITS,
@@ -26,7 +29,7 @@ from ztserve import audit, config
 from ztserve.artifacts import Resolved, open_registry, verify_model
 from ztserve.artifacts.loading import loader
 from ztserve.artifacts.publish import sign_model
-from ztserve.artifacts.registry import layout
+from ztserve.artifacts.registry import distribution, layout
 from ztserve.authorization import Decision, PolicySet
 from ztserve.doors import (
     DoorAddress,
@@ -173,6 +176,51 @@ def test_what_the_registry_does_not_have_any_more_is_not_read_on(two, monkeypatc
         )
         with pytest.raises(CallError, match="is away, or has no such digits"):
             ask("Read", request)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "not checked"])
+def test_an_image_that_claims_to_be_another_model_does_not_take_its_place(
+    tmp_path, monkeypatch, checked
+):
+    """By who may write to its own repository, and read it through the door."""
+    workshop = Workshop(tmp_path)
+    content = {"a.txt": b"good"}
+    model = workshop.published("one", "digits", version="1", files=content)
+    server = LayoutServer(workshop.registry)
+    entry = server.image("digits", "1")
+    image = json.loads(server.blob(entry))
+    for layer in image["layers"]:
+        if layer["annotations"][layout.TITLE] == "a.txt":
+            layer["digest"] = server.put(b"evil")
+    claim = json.dumps(image).encode()
+
+    def respond(target, headers):
+        return (
+            ranged(claim, headers)
+            if target.startswith("/v2/models/evil/manifests")
+            else server.honest(target, headers)
+        )
+
+    server.respond = respond
+    rights = {"digits": ["/v1/registry/digits"], "free": ["/v1/registry/evil"]}
+    if not checked:
+        monkeypatch.setattr(distribution, "check_answered", lambda *_: None)
+    with (
+        held(server),
+        opened(open_registry(server.url), tmp_path, rights) as door,
+        asking(door, FREE) as attacker,
+        door.registry() as replica,
+    ):
+        replica.files(model)
+        with pytest.raises(NotFound):
+            attacker("Resolve", pb.ResolveRequest(reference="evil"), "evil")
+        found = memoryview(bytearray(4))
+        replica.open(model, "a.txt").read_into(found, 0)
+        assert found == (b"good" if checked else b"evil")
+        if checked:
+            assert verify_model(replica, "digits:1", workshop.trust)
+        refused = [r for r in door.records() if r["status"] == "refused"][-1]
+        assert "digits:1" in refused["status_detail"]
 
 
 def test_an_access_that_cannot_be_recorded_is_not_answered(two, monkeypatch):

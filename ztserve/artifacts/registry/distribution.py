@@ -25,7 +25,7 @@ from ztserve.artifacts.registry.layout import (
     Blob,
     parse_layers,
 )
-from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.registry.protocol import Resolved, check_answered
 from ztserve.artifacts.registry.ranges import RangeReader
 from ztserve.artifacts.statements.envelope import BUNDLE_TYPE, MAX_BUNDLE_BYTES
 from ztserve.artifacts.statements.manifest import (
@@ -96,6 +96,7 @@ class DistributionRegistry:
                 f"({error})"
             ) from error
         model = parse_claim(raw, f"{ref}")
+        check_answered(model, ref, f"{self._url}")
         image = "sha256:" + hashlib.sha256(raw).hexdigest()
         if len(self._images) >= MAX_REMEMBERED:
             self._images.clear()

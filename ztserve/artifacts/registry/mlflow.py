@@ -20,7 +20,7 @@ from ztserve.artifacts.registry.http import (
     RejectedError,
 )
 from ztserve.artifacts.registry.layout import MAX_BLOB_BYTES
-from ztserve.artifacts.registry.protocol import Resolved
+from ztserve.artifacts.registry.protocol import Resolved, check_answered
 from ztserve.artifacts.registry.ranges import RangeReader
 from ztserve.artifacts.statements.envelope import MAX_BUNDLE_BYTES, parse_envelope
 from ztserve.artifacts.statements.manifest import (
@@ -81,6 +81,7 @@ class MlflowRegistry:
         raw = self._read(folder, SIGNATURE_FILE, MAX_BUNDLE_BYTES)
         envelope = parse_envelope(raw, what=SIGNATURE_FILE)
         model = Resolved(*self._released(folder, ref, number), envelope.digest)
+        check_answered(model, ref, f"{self._url}")
         if len(self._folders) >= MAX_REMEMBERED:
             self._folders.clear()
         self._folders[model] = folder

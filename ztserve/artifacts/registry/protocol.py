@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from ztserve.errors import ConfigError, RegistryError
+from ztserve.errors import ConfigError, RegistryError, VerificationError
 from ztserve.types import ModelRef
 
 if TYPE_CHECKING:
@@ -63,6 +63,18 @@ class Resolved:
         """The reference that is fixed to this very model; replicas get this one."""
         version = f":{self.version}" if self.version else ""
         return ModelRef(f"{self.name}{version}@{self.digest}")
+
+
+def check_answered(found: Resolved, ref: ModelRef, where: str) -> None:
+    """Raise VerificationError where the answer is a model of another name.
+
+    Before it is remembered: else it would stand for that one, for all who ask after.
+    """
+    if found.name != ref.name:
+        raise VerificationError(
+            f"{where}: what it has as {ref} claims to be {found.ref}: publish it under "
+            "the name of its release"
+        )
 
 
 class Registry(Protocol):
