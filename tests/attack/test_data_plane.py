@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 import zlib
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -32,6 +33,7 @@ from ztserve.transport.http2 import Bounds, Request, encode, frames
 from ztserve.transport.http2 import fields as http2_fields
 from ztserve.transport.http2.bounds import Allowance
 from ztserve.transport.http2.outbox import Outbox
+from ztserve.transport.loop import house
 from ztserve.transport.loop import server as loop_server
 from ztserve.transport.loop.exchange import Exchange
 from ztserve.transport.loop.house import STEPS, House
@@ -347,6 +349,37 @@ def test_strangers_that_say_nothing_keep_no_place_from_others(authority, control
                     call(message(), timeout=2)
         for one in idle:
             one.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [6, 8], ids=["bounded", "no bound"])
+def test_idle_connections_of_one_principal_leave_places_to_others(
+    authority, monkeypatch, most
+):
+    """A certificate is enough for them; no policy lets this one do anything."""
+    monkeypatch.setattr(house, "MAX_OF_ONE_ADDRESS", 8)
+    monkeypatch.setattr(house, "MAX_OF_ONE_PRINCIPAL", most)
+    told = []
+    with (
+        ExitStack() as kept,
+        serving(
+            authority, on_handshake_refused=lambda *what: told.append(what[0])
+        ) as served,
+    ):
+        stranger = authority.issue(f"spiffe://{DOMAIN}/ns/dev/sa/stranger")
+        idle = [kept.enter_context(connected(served, stranger)) for _ in range(8)]
+        assert [closes(one, 0.3) for one in idle] == [False] * most + [True] * (
+            8 - most
+        )
+        until(lambda: len(served.server._house.wires) == most)
+        with served.channel() as honest:
+            call = honest.unary_unary(INFER)
+            if most < 8:
+                assert call(message(), timeout=10)
+                assert "TLS: too many connections of one SPIFFE ID" in told
+            else:
+                with pytest.raises(grpc.RpcError):
+                    call(message(), timeout=2)
 
 
 @pytest.mark.parametrize("steps", [STEPS, 1 << 30])

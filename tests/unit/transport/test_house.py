@@ -5,7 +5,11 @@ import pytest
 from ztserve.errors import Overloaded
 from ztserve.transport import Limits
 from ztserve.transport.admission import Admission
-from ztserve.transport.loop.house import MAX_OF_ONE_ADDRESS, House
+from ztserve.transport.loop.house import (
+    MAX_OF_ONE_ADDRESS,
+    MAX_OF_ONE_PRINCIPAL,
+    House,
+)
 
 
 class Wire:
@@ -49,7 +53,7 @@ def test_whoever_is_known_keeps_its_place():
     known = [Wire(one, "10.0.0.1") for _ in range(3)]
     for wire in known:
         assert wire.enter()
-        one.known(wire)
+        assert one.known(wire, "spiffe://a/b")
     assert not Wire(one, "10.0.0.2").enter()
     assert not any(wire.gone for wire in known)
 
@@ -61,10 +65,33 @@ def test_a_crowded_address_takes_no_place_of_another():
     crowd = [Wire(one, "10.0.0.1") for _ in range(MAX_OF_ONE_ADDRESS + 5)]
     for wire in crowd:
         assert wire.enter()
-        one.known(wire) if wire in crowd[:250] else None
+        one.known(wire, f"spiffe://a/{wire}") if wire in crowd[:250] else None
     assert not elsewhere.gone
     assert sum(wire.gone for wire in crowd) == 5
     assert one._by_address["10.0.0.1"] == MAX_OF_ONE_ADDRESS
+
+
+def test_one_principal_leaves_places_of_its_address_to_others():
+    one = house()
+    wires = [Wire(one, "10.0.0.1") for _ in range(MAX_OF_ONE_PRINCIPAL + 1)]
+    assert all(wire.enter() for wire in wires)
+    *first, last = wires
+    assert all(one.known(wire, "spiffe://a/b") for wire in first)
+    assert not one.known(last, "spiffe://a/b")
+    one.leave(last, "10.0.0.1")
+    neighbour, elsewhere = Wire(one, "10.0.0.1"), Wire(one, "10.0.0.2")
+    assert neighbour.enter()
+    assert one.known(neighbour, "spiffe://a/c")
+    assert elsewhere.enter()
+    assert one.known(elsewhere, "spiffe://a/b")
+    first[0].give_way()
+    again = Wire(one, "10.0.0.1")
+    assert again.enter()
+    assert one.known(again, "spiffe://a/b")
+    for wire in list(one.wires):
+        one.leave(wire, wire.address)
+    assert not one._by_principal
+    assert not one._principals
 
 
 def test_bytes_of_requests_are_counted_in_and_out():

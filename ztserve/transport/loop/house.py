@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_OF_ONE_ADDRESS = 256
 """Connections of one address, of all that there may be."""
+MAX_OF_ONE_PRINCIPAL = 192
+"""Of these, of one SPIFFE ID: so that there is room for its neighbours."""
 STEPS = 4
 """Of handshakes, in one turn of the loop: a step costs as much as several calls."""
 
@@ -63,6 +65,9 @@ class House:
         )
         self.wires: set[Wire] = set()
         self._by_address: Counter[str] = Counter()
+        self._principals: dict[Wire, tuple[str, str]] = {}
+        """Address and SPIFFE ID of the connections whose handshake is done."""
+        self._by_principal: Counter[tuple[str, str]] = Counter()
         self._strangers: dict[Wire, str] = {}
         """Connections whose handshake is not done, and their addresses."""
         self._steps: dict[Wire, bytes] = {}
@@ -122,9 +127,18 @@ class House:
         self._by_address[address] += 1
         return True
 
-    def known(self, wire: "Wire") -> None:
-        """Note that the handshake of a connection is done."""
-        self._strangers.pop(wire, None)
+    def known(self, wire: "Wire", principal: str) -> bool:
+        """Note who made a handshake; return whether there is a place for this one.
+
+        With idle connections, whoever has a certificate, and no right to anything,
+        could keep all others of its address away.
+        """
+        key = self._strangers.pop(wire, ""), principal
+        if self._by_principal[key] >= MAX_OF_ONE_PRINCIPAL:
+            return False
+        self._by_principal[key] += 1
+        self._principals[wire] = key
+        return True
 
     def take_turn(self, wire: "Wire", data: bytes) -> None:
         """Have a step of a handshake done by `data`, when it is its turn."""
@@ -154,6 +168,11 @@ class House:
         """Count a connection out."""
         self._strangers.pop(wire, None)
         self._steps.pop(wire, None)
+        key = self._principals.pop(wire, None)
+        if key is not None:
+            self._by_principal[key] -= 1
+            if not self._by_principal[key]:
+                del self._by_principal[key]
         self.wires.discard(wire)
         self._by_address[address] -= 1
         if not self._by_address[address]:

@@ -274,8 +274,9 @@ class Wire(Carrier):
         self._house.refused(told, self._address)
 
     def _begun(self) -> None:
-        self._house.known(self)
         session = self._session  # whose verdict need not be found a second time
+        if not self._house.known(self, session.peer.id if session.peer else ""):
+            raise HandshakeRefused("too many connections of one SPIFFE ID")
         self.visitor = Visitor(session.chain, session.peer, session.judged_by)
 
     def _take(self, events: list[Event]) -> None:
