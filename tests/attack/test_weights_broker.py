@@ -37,7 +37,8 @@ def asked(node, ref):
     """Ask for a model as a replica does; return the connection."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(node.path))
-    wire.send(connection, statement.Request.new(ref).message())
+    with suppress(BrokenPipeError):  # it may have been closed already
+        wire.send(connection, statement.Request.new(ref).message())
     return connection
 
 
