@@ -123,6 +123,12 @@ def _plain(settings: Settings, value: object) -> object:
     if isinstance(value, tuple):
         return [_plain(settings, item) for item in value]
     if isinstance(value, Path):
+        if not value.is_absolute():
+            # It would have the name of the signed one, and lie elsewhere.
+            raise ConfigError(
+                f"the path {str(value)!r} in the settings is relative to whatever "
+                "folder a process is in: settings come from `config.load`"
+            )
         return file_name(settings, value)
     return str(value) if isinstance(value, RegistryUrl | DoorAddress) else value
 

@@ -71,21 +71,28 @@ def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Remote):
+    """Return a value as JSON says it; Malformed on what only looks like one.
+
+    By exact type: an object of a subclass of `str` or `float` equals its text, and
+    brings methods, which travel by value.
+    """
+    if type(value) is Remote:
         names = (value.name, value.namespace, value.service)
-        return {"ztserve:deployment": "/".join(names)}
-    if isinstance(value, list):
+        return {"ztserve:deployment": "/".join(map(_plain, names))}
+    if type(value) is list:
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+    if type(value) is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise Malformed(f"not JSON: {type(value).__qualname__} is none of its kinds")
     return value
 
 
-def deployment_class(target: str) -> "type[ZTDeployment]":
-    """Import the user's class by its name; raises ConfigError."""
+def deployment_class(target: str, *, tree: str = "") -> "type[ZTDeployment]":
+    """Import the user's class by its name; raises as `load_class`."""
     from ztserve.serving.deployment import ZTDeployment
 
-    cls = load_class(target)
+    cls = load_class(target, tree=tree)
     if not issubclass(cls, ZTDeployment):
         raise ConfigError(f"{target!r} is no ZTDeployment")
     return cls
@@ -111,7 +118,8 @@ def admitted_class(
             "top of a module"
         )
     signed.check_target(plan.name, plan.target, plan.service)
-    cls = deployment_class(plan.target)
+    named = signed.signed.parts[plan.name]
+    cls = deployment_class(plan.target, tree=named.tree)
     return cls, signed.part(part_of(plan, cls, arguments()))
 
 

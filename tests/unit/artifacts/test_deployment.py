@@ -239,10 +239,11 @@ def test_folders_too_deep_are_refused(tmp_path):
 
 
 def test_packages_are_whatever_can_be_imported(tmp_path):
-    written(tmp_path, "a/__init__.py", "b.py", "c.so", "d.pth", "not-a-name/e.py")
-    written(tmp_path, "README", "a-1.dist-info/METADATA", "a-1.dist-info/RECORD")
+    written(tmp_path, "a/__init__.py", "b.py", "c.so", "d.pth", "a.libs/f.so.1")
+    written(tmp_path, ".hidden/e.py", "__pycache__/b.pyc", "README")
+    written(tmp_path, "a-1.dist-info/METADATA", "a-1.dist-info/RECORD")
     found = measure_packages(path=[str(tmp_path)])
-    assert set(found) == {"a", "b.py", "c.so", "d.pth", "a-1.dist-info"}
+    assert set(found) == {"a", "a.libs", "b.py", "c.so", "d.pth", "a-1.dist-info"}
     (tmp_path / "a-1.dist-info/RECORD").write_text("as another installer wrote it")
     assert measure_packages(path=[str(tmp_path)]) == found
     (tmp_path / "a/new.py").write_text("")

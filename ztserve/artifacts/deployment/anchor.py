@@ -26,8 +26,15 @@ def anchored() -> str | None:
     Raises ConfigError on one that is no strong key, does not belong to root, or can be
     changed by others.
     """
-    if not os.path.lexists(ANCHOR):
+    try:
+        os.lstat(ANCHOR)
+    except FileNotFoundError:
         return None
+    except OSError as error:  # there may be one: a folder that we may not look into
+        raise ConfigError(
+            f"the node's trust root {ANCHOR}: {error.strerror}: whether there is one "
+            f"cannot be told; have its folder readable (chmod 0755 {ANCHOR.parent})"
+        ) from error
     try:
         raw = read_guarded(ANCHOR, MAX_ANCHOR_BYTES, secret=False)
         owner = ANCHOR.stat().st_uid

@@ -40,9 +40,31 @@ def release(root: Path) -> None:
     _forget(root.resolve())
 
 
-def load_class(target: str) -> type:
-    """Import a class by ``module:qualname``; raises ConfigError."""
+def load_class(target: str, *, tree: str = "") -> type:
+    """Import a class by ``module:qualname``; raises ConfigError.
+
+    `tree`: digest of the guarded tree that its module is to come from; '': anything.
+    VerificationError where it does not: it was not there when the code was measured,
+    or was imported in another way.
+    """
     module, _, qualname = target.partition(":")
+    if tree and all(known.digest != tree for known in _guarded.values()):
+        raise VerificationError(
+            f"module {module!r} was not found when the code was held against the "
+            "deployment bundle: put the signed code on sys.path, then start again"
+        )
+    found = _found(target, module, qualname)
+    loader = getattr(getattr(sys.modules.get(module), "__spec__", None), "loader", None)
+    if tree and not isinstance(loader, MeasuredLoader):
+        raise VerificationError(
+            f"module {module!r} was imported by {type(loader).__name__}, not from the "
+            "code that was held against the deployment bundle: find out what on "
+            "sys.path, sys.meta_path or in sys.modules comes before it"
+        )
+    return found
+
+
+def _found(target: str, module: str, qualname: str) -> type:
     try:
         found: object = import_module(module)
         for name in qualname.split("."):

@@ -83,12 +83,16 @@ def measure_packages(
     Without the standard library, and without `trees`, which are measured file by file.
     Raises ConfigError as `measure_tree`, beyond 2**20 files or 64 GiB.
     """
+    if sys.pycache_prefix is not None:
+        raise ConfigError(
+            f"compiled modules would be taken from {sys.pycache_prefix}, which nobody "
+            "measures: unset PYTHONPYCACHEPREFIX, and start again"
+        )
     found: dict[str, list[str]] = {}
     path = list(sys.path if path is None else path)
-    for archive in map(Path, path):
-        if archive.is_file():  # Python imports from zip files, too
-            budget = _Budget(archive, 1, MAX_PACKAGE_BYTES, timeout_s)
-            found.setdefault(archive.name, []).append(_hash(str(archive), budget))
+    for archive in _archives(path):
+        budget = _Budget(archive, 1, MAX_PACKAGE_BYTES, timeout_s)
+        found.setdefault(archive.name, []).append(_hash(str(archive), budget))
     for root in import_roots(path, trees):
         budget = _Budget(root, MAX_PACKAGE_FILES, MAX_PACKAGE_BYTES, timeout_s)
         by_name: dict[str, dict[str, str]] = {}
@@ -103,6 +107,13 @@ def measure_packages(
             "serve from a virtual environment of its own"
         )
     return {name: tuple(digests) for name, digests in sorted(found.items())}
+
+
+def _archives(path: Collection[str]) -> list[Path]:
+    """Return the zip files that Python imports from, also ``x.zip/folder``."""
+    ways = ([Path(entry), *Path(entry).parents] for entry in path)
+    files = (next((place for place in way if place.is_file()), None) for way in ways)
+    return [file for file in dict.fromkeys(files) if file is not None]
 
 
 def _check_editable(root: Path, names: Collection[str]) -> None:
@@ -291,10 +302,11 @@ def _entries(folder: Path | str) -> "list[os.DirEntry[str]]":
 
 
 def _is_importable(entry: "os.DirEntry[str]") -> bool:
-    """Tell whether a name in a folder of sys.path can bring code into a process."""
+    """Tell whether a name in a folder of sys.path can bring code into a process.
+
+    Wheels keep the native libraries that their modules load in folders such as
+    ``numpy.libs``, which no import names.
+    """
     if entry.is_dir():
-        suffixes = (".dist-info", ".egg-info", ".egg")
-        return entry.name not in LEFT_OUT and (
-            entry.name.isidentifier() or entry.name.endswith(suffixes)
-        )
-    return entry.name.endswith(_MODULES)
+        return entry.name not in LEFT_OUT and not entry.name.startswith(".")
+    return entry.name.endswith(_MODULES) or ".so." in entry.name
