@@ -20,6 +20,7 @@ from ztserve.artifacts import TrustPolicy, VerifiedDeployment, publish
 from ztserve.artifacts.deployment import anchor, floor, importing, judging
 from ztserve.cli import main
 from ztserve.errors import ConfigError, Denied, VerificationError
+from ztserve.serving import parts
 from ztserve.types import ModelRef
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,17 @@ def without(monkeypatch):
     def take_out(*names, of=VerifiedDeployment):
         for name in names:
             monkeypatch.setattr(of, name, lambda *_, **__: None)
+
+    return take_out
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Have classes imported from wherever Python finds them, measured or not."""
+
+    def take_out():
+        load = importing.load_class
+        monkeypatch.setattr(parts, "load_class", lambda target, tree: load(target))
 
     return take_out
 
@@ -121,7 +133,9 @@ def test_a_key_changed_in_the_plan_is_refused(shop, without, table, values, key)
         assert shop.call(replica) == 2.0
 
 
-def test_another_folder_has_no_other_floors_and_quarantine(shop, without, tmp_path):
+def test_another_folder_has_no_other_floors_and_quarantine(
+    shop, without, anywhere, tmp_path
+):
     """A copy of the project, all signed: but its node has seen nothing there."""
     old = shop.bundle.read_bytes()
     shop.sign()
@@ -135,6 +149,7 @@ def test_another_folder_has_no_other_floors_and_quarantine(shop, without, tmp_pa
     planned = replace(plan, settings=moved), args, kwargs
     refused(shop, "key folder is .*copy', signed as '.*project'", planned=planned)
     without("check_settings", "check_tree")
+    anywhere()
     shutil.rmtree(copy / ".ztserve/audit")
     shop.forget()
     with shop.replica(planned=planned, name="r2") as replica:
@@ -364,10 +379,11 @@ def test_the_bundle_of_another_application_is_refused(shop, without):
 # --- code -------------------------------------------------------------------------
 
 
-def test_a_changed_module_on_the_node_is_refused(shop, without):
+def test_a_changed_module_on_the_node_is_refused(shop, without, anywhere):
     shop.write("shopping.py", MODULE.replace("self.weight *", "666 *"))
     refused(shop, "the code differs from what was signed: shopping.py is sha256:")
     without("check_tree")
+    anywhere()
     shop.forget()
     with shop.replica(name="r2") as replica:
         assert shop.call(replica) == 1332.0
@@ -378,7 +394,9 @@ def test_a_module_added_on_the_node_is_refused(shop, without):
     refused(shop, "the code differs .*numpy.py is sha256:.*, signed as absent")
 
 
-def test_a_module_changed_between_check_and_import_is_refused(shop, monkeypatch):
+def test_a_module_changed_between_check_and_import_is_refused(
+    shop, monkeypatch, anywhere
+):
     admit = config.check_code
 
     def admit_and_swap(*given):
@@ -389,13 +407,16 @@ def test_a_module_changed_between_check_and_import_is_refused(shop, monkeypatch)
     refused(shop, r"shopping.py is sha256:.*was changed since")
     shop.write("shopping.py", MODULE)
     monkeypatch.setattr(artifacts, "guard", lambda _tree: None)
+    anywhere()
     shop.forget()
     with shop.replica(name="r2") as replica:  # without the guard it is imported
         assert shop.call(replica) == 1332.0
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-def test_a_planted_pyc_does_not_stand_in_for_its_source(shop, monkeypatch, guarded):
+def test_a_planted_pyc_does_not_stand_in_for_its_source(
+    shop, monkeypatch, anywhere, guarded
+):
     path = shop.folder / "shopping.py"
     found = path.stat()
     evil = shop.folder.parent / "evil.py"
@@ -410,6 +431,7 @@ def test_a_planted_pyc_does_not_stand_in_for_its_source(shop, monkeypatch, guard
     planned = shop.plan()  # imported here from the pyc, as anywhere else
     if not guarded:
         monkeypatch.setattr(artifacts, "guard", lambda _tree: None)
+        anywhere()
     with shop.replica(planned=planned) as replica:
         assert shop.call(replica) == (2.0 if guarded else 1332.0)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.test_deployment import anchored, refused, without
+from tests.attack.test_deployment import anchored, anywhere, refused, without
 from tests.unit.artifacts.workshop import pem
 from tests.unit.serving.shop import MODULE, shop
 from ztserve import artifacts, config
-from ztserve.artifacts.deployment import anchor, importing, measuring
+from ztserve.artifacts.deployment import anchor, measuring
 from ztserve.errors import ConfigError
 from ztserve.serving import parts
 
 pytestmark = pytest.mark.slow
-__all__ = ["anchored", "shop", "without"]
+__all__ = ["anchored", "anywhere", "shop", "without"]
 
 EVIL = MODULE.replace("self.weight *", "666 *")
 
@@ -83,7 +83,7 @@ def test_compiled_modules_from_another_folder_are_refused(shop, monkeypatch, tmp
 
 @pytest.mark.parametrize("control", [True, False])
 def test_a_module_that_came_after_the_measuring_is_not_imported(
-    shop, monkeypatch, tmp_path, control
+    shop, monkeypatch, anywhere, tmp_path, control
 ):
     """What is not there is not measured, as beside a gateway; then it is there."""
     planned = shop.plan()
@@ -105,8 +105,7 @@ def test_a_module_that_came_after_the_measuring_is_not_imported(
         if control:
             refused(shop, "'shopping' was not found when the code", planned=planned)
             return
-        load = importing.load_class
-        monkeypatch.setattr(parts, "load_class", lambda target, tree: load(target))
+        anywhere()
         with shop.replica(planned=planned) as replica:
             assert shop.call(replica) == 1332.0
     finally:
@@ -115,7 +114,7 @@ def test_a_module_that_came_after_the_measuring_is_not_imported(
 
 @pytest.mark.parametrize("control", [True, False])
 def test_a_module_that_was_imported_before_is_not_taken(
-    shop, monkeypatch, tmp_path, control
+    shop, monkeypatch, anywhere, tmp_path, control
 ):
     """Ray's workers are used again: this one has imported it from elsewhere."""
     planned = shop.plan()
@@ -128,8 +127,7 @@ def test_a_module_that_was_imported_before_is_not_taken(
             message = "was imported by SourceFileLoader, not from the code that was"
             refused(shop, message, planned=planned)
             return
-        load = importing.load_class
-        monkeypatch.setattr(parts, "load_class", lambda target, tree: load(target))
+        anywhere()
         with shop.replica(planned=planned) as replica:
             assert shop.call(replica) == 1332.0
     finally:
@@ -224,3 +222,21 @@ def test_an_anchor_that_cannot_be_looked_at_is_not_taken_for_none(
     monkeypatch.setattr(anchor, "os", Lax)
     with shop.replica(settings=settings) as replica:
         assert shop.call(replica) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "told"),
+    [
+        ({"env_vars": {"SPIFFE_ENDPOINT_SOCKET": "unix:///evil"}}, "'SPIFFE_ENDPOINT"),
+        ({"env_vars": {"LD_PRELOAD": "evil.so", "PYTHONPATH": ""}}, "'LD_PRELOAD'"),
+        ({"worker_process_setup_hook": "evil.hook"}, "'worker_process_setup_hook'"),
+        ({"py_executable": "./evil"}, "'py_executable'"),
+        ({"image_uri": "evil"}, "'image_uri'"),
+    ],
+)
+def test_an_environment_in_serves_configuration_is_refused(runtime_env, told):
+    """On Ray: tests/ray/test_deployment.py."""
+    with pytest.raises(ConfigError, match=f"has {told}.*which nobody signed"):
+        parts.check_environment(runtime_env)
+    ours = {"env_vars": {"PYTHONPATH": "/srv"}, "working_dir": "gcs://x.zip"}
+    parts.check_environment(ours)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.ray.shell import ZTSERVE, opened
+from tests.ray.shell import BIN, ZTSERVE, opened
 from ztserve.artifacts.deployment.judging import read_deployment
 from ztserve.testing import SimulatedSpire, ThrowAwayAuthority
 
@@ -95,4 +95,24 @@ def test_what_is_not_signed_does_not_serve(shell):
         "the code differs from what was signed: twice.py"
         in (refused[0]["unmapped"]["reason"])
     )
+    begun.kill()
+
+
+@pytest.mark.parametrize("place", ["application", "deployment"])
+def test_an_environment_in_serves_configuration_does_not_serve(shell, place):
+    """A variable there could name another agent, and so other roots of callers."""
+    env = "runtime_env: {env_vars: {SPIFFE_ENDPOINT_SOCKET: 'unix:///evil.sock'}}"
+    text = """\
+proxy_location: Disabled
+applications:
+  - name: default
+    import_path: twice:app
+"""
+    if place == "application":
+        text += f"    {env}\n"
+    else:
+        text += f"    deployments: [{{name: Twice, ray_actor_options: {{{env}}}}}]\n"
+    (shell.project / "serve.yaml").write_text(text)
+    begun = shell.start(str(BIN / "serve"), "run", "serve.yaml")
+    begun.says("has 'SPIFFE_ENDPOINT_SOCKET', which nobody signed: leave it out")
     begun.kill()

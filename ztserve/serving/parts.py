@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from ztserve.serving.replica import Plan
 
 NO_ARGUMENTS = "[[],{}]"
+_MEASURED = frozenset({"env_vars", "working_dir", "py_modules", "config"})
+"""What a runtime_env may have: the code that it brings is on sys.path, and measured."""
+_HARMLESS = frozenset({"PYTHONPATH", "ZTSERVE_CONFIG", "RAY_AUTH_MODE"})
+"""Variables: what is found by the first two is measured, and held against what is
+signed; the third can only be what `node.check_cluster` demands."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,25 @@ def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
             f"the arguments of the constructor cannot be signed: {error}; give "
             "numbers, texts, lists and dicts, and have the class make the rest"
         ) from error
+
+
+def check_environment(runtime_env: Mapping[str, Any]) -> None:
+    """Refuse what a Ray runtime_env brings into a process that nobody signed.
+
+    `bind` refuses one in production; Serve's configuration file can name it later, for
+    the application or the deployment: another agent's socket, another interpreter, a
+    library to be preloaded. Raises ConfigError.
+    """
+    variables = runtime_env.get("env_vars") or {}
+    strange = sorted(
+        {*({*runtime_env} - _MEASURED), *({*variables} - _HARMLESS)}, key=str
+    )
+    if strange:
+        raise ConfigError(
+            f"the runtime_env of this replica has {', '.join(map(repr, strange))}, "
+            "which nobody signed: leave it out of Serve's configuration and of "
+            "ray.init; what a replica needs belongs into the node's own environment"
+        )
 
 
 def _plain(value: Any) -> Any:

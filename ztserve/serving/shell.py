@@ -16,15 +16,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import ray
 from ray import serve
 from ray.util import metrics
 
-from ztserve import transport
+from ztserve import config, transport
 from ztserve.errors import ConfigError, Denied, VerificationError, ZTServeError
 from ztserve.identity import harden_process
 from ztserve.serving import node, ray_private
 from ztserve.serving.composition import Composed
-from ztserve.serving.parts import Remote, arguments_of
+from ztserve.serving.parts import Remote, arguments_of, check_environment
 from ztserve.serving.replica import Plan, Replica
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def _start(
     kwargs: dict[str, Any],
 ) -> tuple[Replica, node.Membership]:
     harden_process()
+    if config.is_demanded(plan.settings):
+        check_environment(ray.get_runtime_context().runtime_env)
     context = serve.get_replica_context()
     member = node.join(
         plan.settings,
