@@ -5,12 +5,10 @@ from pathlib import Path
 
 from ztserve import config, types
 from ztserve.artifacts import publish, verify_model
+from ztserve.artifacts.registry.directory import DirectoryRegistry
 from ztserve.cli import certified, reading, signer
 from ztserve.errors import ConfigError
 from ztserve.types import ModelRef
-
-SUMMARY = "verification-summary"
-"""The name of the deployer's attestation."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Verify for deployment, sign release and summary, verify as a replica, publish."""
+    """Verify for deployment, sign release and summary, verify as a replica, publish.
+
+    Nothing is written before all of it is verified.
+    """
     settings = config.load()
     ref = ModelRef(chosen.model)
     if ref.version is None:
@@ -44,21 +45,12 @@ def run(chosen: argparse.Namespace) -> int:
     # Whoever may write the folder can put another model there while we ask for a
     # passphrase: from here on it is this one, or none.
     digest = looked_at.digest
-    publish.release_model(
-        chosen.directory, key, name=ref.name, version=ref.version, digest=digest
+    staged = publish.stage_release(
+        chosen.directory, key, looked_at, trust, version=ref.version, now=types.now()
     )
-    publish.attest_model(
-        chosen.directory,
-        key,
-        name=SUMMARY,
-        predicate_type=publish.VERIFICATION_SUMMARY,
-        predicate=publish.verification_summary(
-            looked_at, trust, version=ref.version, now=types.now()
-        ),
-        digest=digest,
-    )
+    released = DirectoryRegistry(chosen.directory, staged)
     with reading.bar(f"verifying {ref} as a replica") as progress:
-        verify_model(chosen.directory, ref.pinned(digest), trust, progress=progress)
+        verify_model(released, ref.pinned(digest), trust, progress=progress)
     model = publish.publish(
         chosen.directory,
         registry,
@@ -66,6 +58,7 @@ def run(chosen: argparse.Namespace) -> int:
         version=ref.version,
         aliases=chosen.alias or ["production"],
         digest=digest,
+        staged=staged,
     )
     print(f"{model.name}:{model.version} {model.digest}")
     return 0

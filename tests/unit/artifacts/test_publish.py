@@ -8,6 +8,7 @@ import pytest
 from tests.unit.artifacts.workshop import signing_key
 from ztserve.artifacts import open_registry, verify_model
 from ztserve.artifacts.publish import publish, release_model, set_alias, sign_model
+from ztserve.artifacts.publish.atomic import prepared
 from ztserve.errors import ConfigError, RegistryError, VerificationError
 from ztserve.types import ModelRef
 
@@ -156,3 +157,18 @@ def test_two_publishers_do_not_mix(workshop):
     finally:
         os.close(descriptor)
     assert publish(root, workshop.registry, name="digits", version="1")
+
+
+def test_files_prepared_together_are_all_written_or_none(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    files = {tmp_path / "a": b"new", tmp_path / "b": b"new"}
+    with pytest.raises(RegistryError), prepared(files):
+        raise RegistryError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+    with prepared(files):
+        pass
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"new",
+        "b": b"new",
+    }

@@ -287,6 +287,49 @@ def test_a_version_is_published_once(ztserve, project, published):
     assert "double:1" in done.err
 
 
+def held(folder):
+    """Return all that is in a folder, by name."""
+    files = filter(Path.is_file, folder.rglob("*"))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--key", ".ztserve/keys/trainer.pem"], "is trusted as trainer, not as depl"),
+        (["--key", "stranger.pem"], "is none of the trust policy's signers"),
+        (["--alias", "best one"], "best one"),
+        (["--registry", "full"], "full is neither a registry nor empty"),
+    ],
+)
+def test_a_publish_that_is_refused_leaves_all_as_it_was(
+    ztserve, project, published, words, complaint
+):
+    ztserve("key", "new", "stranger.pem")
+    (project / "full").mkdir()
+    (project / "full/note").touch()
+    before = held(project)
+    done = ztserve("publish", published, "double:2", *words)
+    assert (done.code, done.out) == (2, "")
+    assert complaint in done.err
+    assert held(project) == before
+    assert ztserve("verify", "double:1", "--from", published).code == 0
+
+
+def test_a_version_that_is_taken_leaves_the_release_of_another(
+    ztserve, project, published
+):
+    (published / "note.json").write_text("{}")
+    ztserve("sign", published)
+    assert ztserve("publish", published, "double:2").code == 0
+    before = held(project)
+    done = ztserve("publish", published, "double:1")
+    assert done.code == 2
+    assert "double:1 already, with other content" in done.err
+    assert held(project) == before
+    assert ztserve("verify", "double:2", "--from", published).code == 0
+
+
 def test_the_default_keys_are_those_of_the_project(ztserve, project, weights):
     for key in (config.load().state / "keys").iterdir():
         key.unlink()

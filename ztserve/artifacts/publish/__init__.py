@@ -24,6 +24,7 @@ from ztserve.artifacts.publish.keys import (
     read_passphrase,
 )
 from ztserve.artifacts.publish.registry import publish, set_alias
+from ztserve.artifacts.publish.releasing import stage_release
 from ztserve.artifacts.publish.signing import (
     SHARD_BYTES,
     choose_serialization,
@@ -94,6 +95,7 @@ __all__ = [
     "sign_model",
     "sign_policy",
     "spiffe_entry",
+    "stage_release",
     "stamp_with",
     "verification_summary",
 ]

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -15,16 +17,32 @@ def create(path: Path, content: bytes, *, mode: int) -> None:
 
 def replace(path: Path, content: bytes | memoryview, *, mode: int = 0o644) -> None:
     """Write a file through a temporary one beside it: readers see old or new."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
-            os.fchmod(file.fileno(), mode)
-            _write(file.fileno(), content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
-    sync_folder(path.parent)
+    with prepared({path: content}, mode=mode):
+        pass
+
+
+@contextmanager
+def prepared(
+    files: Mapping[Path, bytes | memoryview], *, mode: int = 0o644
+) -> Iterator[None]:
+    """Write files that take their names at the end, and leave none where it fails.
+
+    What can fail for want of room, or of a right, fails at the beginning.
+    """
+    with ExitStack() as undoing:
+        temporaries = {}
+        for path, content in files.items():
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            temporaries[path] = Path(name)
+            undoing.callback(Path(name).unlink, missing_ok=True)
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
+                os.fchmod(file.fileno(), mode)
+                _write(file.fileno(), content)
+        yield
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

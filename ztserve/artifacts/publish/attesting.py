@@ -61,16 +61,31 @@ def attest_model(
     except Malformed as error:
         raise ConfigError(str(error)) from error
     found = read_signed(root, digest).manifest.digest
-    bundle = signer.envelope(attestation_statement(found, predicate_type, predicate))
+    bundle = attestation_bundle(file, signer, found, predicate_type, predicate)
+    (root / FOLDER).mkdir(exist_ok=True)
+    replace(root / file, bundle)
+    return root / file
+
+
+def attestation_bundle(
+    file: str,
+    signer: StatementSigner,
+    digest: str,
+    predicate_type: str,
+    predicate: Predicate,
+) -> bytes:
+    """Return the bundle that attests the manifest `digest`, to be written to `file`.
+
+    Raises VerificationError where `verify_model` would not understand it.
+    """
+    bundle = signer.envelope(attestation_statement(digest, predicate_type, predicate))
     if len(bundle) > MAX_ATTESTATION_BYTES:
         raise VerificationError(
             f"{file} would have {len(bundle)} bytes; the limit is "
             f"{MAX_ATTESTATION_BYTES}: attest a digest of the large part"
         )
     parse_attestation(parse_envelope(bundle, what=file))
-    (root / FOLDER).mkdir(exist_ok=True)
-    replace(root / file, bundle)
-    return root / file
+    return bundle
 
 
 def parse_predicate(raw: bytes, where: str) -> Predicate:

@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from ztserve.artifacts.publish.atomic import create, replace
+from ztserve.artifacts.publish.atomic import create, prepared, replace
 from ztserve.artifacts.publish.signing import read_signed
 from ztserve.artifacts.registry.directory import DirectoryRegistry
 from ztserve.artifacts.registry.files import read_file
@@ -71,12 +72,15 @@ def publish(
     version: str,
     aliases: Sequence[str] = ("production",),
     digest: str | None = None,
+    staged: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Resolved:
     """Copy a signed and released directory into the registry, made if not there.
 
     Its attestations go with it, as referrers, in place of all that were there.
     Points `aliases` at it; publishing the same content again only does that. `digest`:
-    of the manifest that is meant, where it could be another by now. Raises
+    of the manifest that is meant, where it could be another by now. `staged`:
+    statements by file (`stage_release`), in place of the directory's; they are written
+    into it once all else is there, and not where anything is refused. Raises
     VerificationError where the directory is not what its signatures say, or released
     as something else; RegistryError where the version exists with other content.
     """
@@ -87,17 +91,25 @@ def publish(
     model = Resolved(name, version, signed.manifest.digest)
     files = {file: buffer.view for file, buffer in signed.buffers.items()}
     files[SIGNATURE_FILE] = memoryview(signed.signature)
-    files[RELEASE_FILE] = memoryview(_read_release(source, model))
-    attestations = _read_attestations(source, model)
+    files[RELEASE_FILE] = memoryview(_read_release(source, model, staged))
+    attestations = _read_attestations(source, model, staged)
     with _locked(root):
         index = _read_index(root)
         _check_not_taken(index, model, root)
-        image = _write_image(root, model, files, attestations)
-        _put(index, image)
-        _refer(root, index, model, image, attestations)
-        _point(index, model, aliases)
-        _write_index(root, index)
+        with _written(source, staged):
+            image = _write_image(root, model, files, attestations)
+            _put(index, image)
+            _refer(root, index, model, image, attestations)
+            _point(index, model, aliases)
+            _write_index(root, index)
     return model
+
+
+def _written(source: Path, staged: Mapping[str, bytes]) -> AbstractContextManager[None]:
+    """Write the statements into the directory as the block ends well, else not."""
+    for file in staged:
+        (source / file).parent.mkdir(exist_ok=True)
+    return prepared({source / file: raw for file, raw in staged.items()})
 
 
 def set_alias(
@@ -117,9 +129,11 @@ def set_alias(
     raise RegistryError(f"{root} has no {name}:{version}")
 
 
-def _read_release(source: Path, model: Resolved) -> bytes:
+def _read_release(source: Path, model: Resolved, staged: Mapping[str, bytes]) -> bytes:
     try:
-        raw = read_file(source, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
+        raw = staged.get(RELEASE_FILE) or read_file(
+            source, RELEASE_FILE, limit=MAX_BUNDLE_BYTES
+        )
     except FileNotFoundError as error:
         raise VerificationError(
             f"{source} has no {RELEASE_FILE}: a deployer must release it first"
@@ -129,8 +143,10 @@ def _read_release(source: Path, model: Resolved) -> bytes:
     return raw
 
 
-def _read_attestations(source: Path, model: Resolved) -> Mapping[str, bytes]:
-    found = DirectoryRegistry(source).attestations(model)
+def _read_attestations(
+    source: Path, model: Resolved, staged: Mapping[str, bytes]
+) -> Mapping[str, bytes]:
+    found = DirectoryRegistry(source, staged).attestations(model)
     for name, raw in found.items():
         spoken_of = parse_attestation(parse_envelope(raw, what=file_of(name))).digest
         if spoken_of != model.digest:

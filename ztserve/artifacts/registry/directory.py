@@ -5,6 +5,7 @@ Beside the model's files lie model.sig, release.sig and attestations/NAME.sig.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ztserve.artifacts.registry.files import (
     FileReader,
@@ -39,10 +40,14 @@ class DirectoryRegistry:
     """Read-only access to one signed directory.
 
     It has no aliases and one version: whatever alias is asked for means that one.
+    `staged`: statements by file, yet to be written, in place of those in it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, staged: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
         self._root = root
+        self._staged = staged
         self._check_there()
 
     def __repr__(self) -> str:
@@ -66,7 +71,7 @@ class DirectoryRegistry:
         """Return what the directory's own signature files claim to be."""
         envelope = parse_envelope(self.read_signature(), what=SIGNATURE_FILE)
         try:
-            raw = read_file(self._root, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
+            raw = self._statement(RELEASE_FILE, MAX_BUNDLE_BYTES)
         except FileNotFoundError:
             return Resolved(ref.name, ref.version or "", envelope.digest)
         release = parse_release(parse_envelope(raw, what=RELEASE_FILE))
@@ -90,7 +95,7 @@ class DirectoryRegistry:
     def release(self, model: Resolved) -> bytes:
         """Return release.sig; VerificationError if there is none."""
         try:
-            return read_file(self._root, RELEASE_FILE, limit=MAX_BUNDLE_BYTES)
+            return self._statement(RELEASE_FILE, MAX_BUNDLE_BYTES)
         except FileNotFoundError as error:
             raise VerificationError(
                 f"{self._root} is not released as {model.name!r}: it has no "
@@ -99,7 +104,8 @@ class DirectoryRegistry:
 
     def attestations(self, model: Resolved) -> Mapping[str, bytes]:
         """Return attestations/NAME.sig by NAME; RegistryError where they are many."""
-        names = sorted(filter(is_attestation, list_files(self._root)))
+        there = {*list_files(self._root), *self._staged}
+        names = sorted(filter(is_attestation, there))
         if len(names) > MAX_ATTESTATIONS:
             raise RegistryError(
                 f"{self._root} has {len(names)} attestations; the limit is "
@@ -112,9 +118,14 @@ class DirectoryRegistry:
 
     def _attestation(self, name: str) -> bytes:
         try:
-            return read_file(self._root, name, limit=MAX_ATTESTATION_BYTES)
+            return self._statement(name, MAX_ATTESTATION_BYTES)
         except FileNotFoundError as error:
             raise RegistryError(f"{self._root}: {name!r} vanished") from error
+
+    def _statement(self, name: str, limit: int) -> bytes:
+        if name in self._staged:
+            return self._staged[name]
+        return read_file(self._root, name, limit=limit)
 
     def files(self, model: Resolved) -> Mapping[str, int]:
         """List every file of the directory but signatures and attestations."""
