@@ -19,7 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     certified.arguments(parser)
     parser.add_argument("--registry", help="a folder (default: ztserve.toml's)")
     parser.add_argument(
-        "--alias", action="append", help="may be repeated (default: production)"
+        "--alias",
+        action="append",
+        help="to point at it; may be repeated (default: production)",
     )
 
 
@@ -51,16 +53,19 @@ def run(chosen: argparse.Namespace) -> int:
     released = DirectoryRegistry(chosen.directory, staged)
     with reading.bar(f"verifying {ref} as a replica") as progress:
         verify_model(released, ref.pinned(digest), trust, progress=progress)
-    model = publish.publish(
+    done = publish.publish_staged(
         chosen.directory,
         registry,
+        staged,
         name=ref.name,
         version=ref.version,
         aliases=chosen.alias or ["production"],
         digest=digest,
-        staged=staged,
     )
-    print(f"{model.name}:{model.version} {model.digest}")
+    print(f"{ref.name}:{ref.version} {done.model.digest}")
+    for alias, before in done.before.items():
+        moved = "" if before in {None, ref.version} else f"{ref.name}:{before} -> "
+        print(f"{alias}: {moved}{ref.name}:{ref.version}")
     return 0
 
 

@@ -166,8 +166,9 @@ def test_sign_publish_verify(ztserve, project, weights):
     assert signed.out.startswith(f"signature\t{weights}/model.sig\ndigest\tsha256:")
     put = ztserve("publish", weights, "double:1", "--alias", "production")
     assert put.code == 0
-    name, digest = put.out.split()
-    assert name == "double:1"
+    first, *aliases = put.out.splitlines()
+    name, digest = first.split()
+    assert (name, aliases) == ("double:1", ["production: double:1"])
     assert digest.startswith("sha256:")
     for ref in ("double", "double:1", "double@production", f"double@{digest}"):
         told = json.loads(ztserve("verify", ref, "--json").out)
@@ -328,6 +329,20 @@ def test_a_version_that_is_taken_leaves_the_release_of_another(
     assert "double:1 already, with other content" in done.err
     assert held(project) == before
     assert ztserve("verify", "double:2", "--from", published).code == 0
+
+
+def test_publish_tells_what_each_alias_meant_before(ztserve, published):
+    words = ("--alias", "production", "--alias", "canary")
+    done = ztserve("publish", published, "double:2", *words)
+    assert done.out.splitlines()[0].startswith("double:2 sha256:")
+    assert done.out.splitlines()[1:] == [
+        "production: double:1 -> double:2",
+        "canary: double:2",
+    ]
+    again = ztserve("publish", published, "double:2", *words)
+    assert again.out.splitlines()[1:] == ["production: double:2", "canary: double:2"]
+    told = json.loads(ztserve("verify", "double@production", "--json").out)
+    assert told["version"] == "2"
 
 
 def test_the_default_keys_are_those_of_the_project(ztserve, project, weights):

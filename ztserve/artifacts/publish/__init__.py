@@ -23,7 +23,12 @@ from ztserve.artifacts.publish.keys import (
     new_key,
     read_passphrase,
 )
-from ztserve.artifacts.publish.registry import publish, set_alias
+from ztserve.artifacts.publish.registry import (
+    Published,
+    publish,
+    publish_staged,
+    set_alias,
+)
 from ztserve.artifacts.publish.releasing import stage_release
 from ztserve.artifacts.publish.signing import (
     SHARD_BYTES,
@@ -66,6 +71,7 @@ __all__ = [
     "NewAuthority",
     "NewKey",
     "Predicate",
+    "Published",
     "SigningKey",
     "StatementSigner",
     "SvidKey",
@@ -85,6 +91,7 @@ __all__ = [
     "new_key",
     "parse_predicate",
     "publish",
+    "publish_staged",
     "push",
     "read_passphrase",
     "release_model",

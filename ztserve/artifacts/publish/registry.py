@@ -10,8 +10,8 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from ztserve.artifacts.publish.atomic import create, prepared, replace
@@ -64,6 +64,15 @@ Descriptor: TypeAlias = dict[str, Any]
 """An OCI content descriptor, as in JSON."""
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model that is in the registry now, and what its aliases meant before."""
+
+    model: Resolved
+    before: Mapping[str, str | None]
+    """Alias to the version that it pointed to, None where it is new."""
+
+
 def publish(
     directory: str | os.PathLike[str],
     registry_path: str | os.PathLike[str],
@@ -72,17 +81,41 @@ def publish(
     version: str,
     aliases: Sequence[str] = ("production",),
     digest: str | None = None,
-    staged: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Resolved:
     """Copy a signed and released directory into the registry, made if not there.
 
     Its attestations go with it, as referrers, in place of all that were there.
     Points `aliases` at it; publishing the same content again only does that. `digest`:
-    of the manifest that is meant, where it could be another by now. `staged`:
-    statements by file (`stage_release`), in place of the directory's; they are written
-    into it once all else is there, and not where anything is refused. Raises
+    of the manifest that is meant, where it could be another by now. Raises
     VerificationError where the directory is not what its signatures say, or released
     as something else; RegistryError where the version exists with other content.
+    """
+    done = publish_staged(
+        directory,
+        registry_path,
+        {},
+        name=name,
+        version=version,
+        aliases=aliases,
+        digest=digest,
+    )
+    return done.model
+
+
+def publish_staged(
+    directory: str | os.PathLike[str],
+    registry_path: str | os.PathLike[str],
+    staged: Mapping[str, bytes],
+    *,
+    name: str,
+    version: str,
+    aliases: Sequence[str] = ("production",),
+    digest: str | None = None,
+) -> Published:
+    """Do as `publish`, with statements that are not in the directory yet.
+
+    `staged`: by file (`stage_release`), in place of the directory's; they are written
+    into it once all else is there, and not where anything is refused.
     """
     source, root = Path(directory), Path(registry_path)
     check_name(name, version, ConfigError)
@@ -96,13 +129,14 @@ def publish(
     with _locked(root):
         index = _read_index(root)
         _check_not_taken(index, model, root)
+        before = {alias: _pointed(index, name, alias) for alias in aliases}
         with _written(source, staged):
             image = _write_image(root, model, files, attestations)
             _put(index, image)
             _refer(root, index, model, image, attestations)
             _point(index, model, aliases)
             _write_index(root, index)
-    return model
+    return Published(model, before)
 
 
 def _written(source: Path, staged: Mapping[str, bytes]) -> AbstractContextManager[None]:
@@ -236,6 +270,14 @@ def _put(index: list[Descriptor], new: Descriptor) -> None:
             index[position] = new
             return
     index.append(new)
+
+
+def _pointed(index: list[Descriptor], name: str, alias: str) -> str | None:
+    """Return the version that has an alias; None where none has."""
+    for node in _versions(index, name):
+        if alias in node["annotations"].get(ALIASES, "").split(","):
+            return _model(node).version
+    return None
 
 
 def _point(index: list[Descriptor], model: Resolved, aliases: Collection[str]) -> None:

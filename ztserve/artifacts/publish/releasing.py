@@ -36,8 +36,8 @@ def stage_release(
 
     `looked_at`: the model as `verify_model` gave it for purpose ``deploy``, released
     under its name. Judge it as a replica would, by a `DirectoryRegistry` that has it
-    `staged`, then give it to `publish`. Raises VerificationError where another model
-    lies in the directory by now, ConfigError on a version that cannot be asked for.
+    `staged`, then give it to `publish_staged`. Raises VerificationError where another
+    model lies in the directory by now, ConfigError on a version that cannot be had.
     """
     check_name(looked_at.name, version, ConfigError)
     digest = read_signed(Path(directory), looked_at.digest).manifest.digest
