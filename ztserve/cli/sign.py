@@ -10,6 +10,7 @@ from ztserve.artifacts import TrustPolicy, publish
 from ztserve.artifacts.publish import SHARD_BYTES
 from ztserve.artifacts.registry.directory import model_files
 from ztserve.artifacts.statements.envelope import parse_envelope
+from ztserve.artifacts.statements.keys import key_id
 from ztserve.artifacts.statements.manifest import parse_manifest
 from ztserve.artifacts.statements.serialization import (
     HASH_TYPES,
@@ -17,6 +18,7 @@ from ztserve.artifacts.statements.serialization import (
     Serialization,
 )
 from ztserve.artifacts.statements.strict import Malformed
+from ztserve.artifacts.trust.signers import load_key
 from ztserve.cli import certified, show, signer
 from ztserve.errors import ConfigError
 
@@ -119,5 +121,23 @@ def _sign_policy(policy: Path, chosen: argparse.Namespace) -> int:
         )
     root = signer.load(chosen.key, chosen.passphrase_file)
     text = TrustPolicy.check_signable(policy)
+    _check_root(policy, root.id)
+    publish.check_raised(policy, text, root.public)
     print(publish.sign_policy(policy, root, text=text))
     return 0
+
+
+def _check_root(policy: Path, signs: str) -> None:
+    """Raise ConfigError if it is ztserve.toml's, and `signs` not the id of its root."""
+    chosen = config.load().artifacts
+    ours = chosen.trust_policy
+    if chosen.trust_root is None or not (ours.exists() and ours.samefile(policy)):
+        return
+    root = key_id(load_key(str(chosen.trust_root), Path(), "the trust root"))
+    if signs != root:
+        raise ConfigError(
+            f"{policy} is {config.FILE}'s trust policy, whose trust_root is "
+            f"{chosen.trust_root} ({root}), and this key is another ({signs}): nothing "
+            "was signed; give that root's private key with --key, or name this key's "
+            "public half as [artifacts] trust_root first"
+        )

@@ -557,6 +557,52 @@ def test_a_policy_is_signed_under_its_root(ztserve, rooted, published):
     assert "is not signed under the trust root" in done.err
 
 
+def test_another_key_than_the_trust_root_signs_no_policy(ztserve, project, rooted):
+    signature = rooted.with_name("trust.toml.sig")
+    before = signature.read_bytes()
+    trainer = config.load().state / "keys/trainer.pem"
+    done = ztserve("sign", rooted, "--key", trainer)
+    assert (done.code, done.out) == (2, "")
+    assert f"whose trust_root is {project}/root.pub (sha256:" in done.err
+    assert "this key is another (sha256:" in done.err
+    assert signature.read_bytes() == before
+    # A policy that is not ztserve.toml's may have another root.
+    other = project / "other.toml"
+    other.write_bytes(rooted.read_bytes())
+    assert ztserve("sign", other, "--key", trainer).code == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_edited_policy_of_no_higher_version_is_not_signed(ztserve, rooted, version):
+    text = rooted.read_text()
+    rooted.write_text(text.replace("version = 1", "version = 2"))
+    assert ztserve("sign", rooted, "--key", "root.pem").code == 0
+    before = rooted.with_name("trust.toml.sig").read_bytes()
+    edited = text.replace("version = 1", f"version = {version}") + "# edited\n"
+    rooted.write_text(edited)
+    done = ztserve("sign", rooted, "--key", "root.pem")
+    assert (done.code, done.out) == (2, "")
+    assert f"is version {version}, and {rooted}.sig signs another text" in done.err
+    assert "raise the version, to 3 or more, and sign again" in done.err
+    assert rooted.with_name("trust.toml.sig").read_bytes() == before
+    rooted.write_text(edited.replace(f"version = {version}", "version = 3"))
+    assert ztserve("sign", rooted, "--key", "root.pem").code == 0
+    assert ztserve("sign", rooted, "--key", "root.pem").code == 0  # the same text
+    assert TrustPolicy.load(rooted, root="root.pub").version == 3
+
+
+def test_what_another_root_signed_is_signed_anew(ztserve, project, rooted):
+    policy = project / "other.toml"
+    policy.write_bytes(rooted.read_bytes())
+    ztserve("key", "new", "second.pem", "--root")
+    assert ztserve("sign", policy, "--key", "root.pem").code == 0
+    policy.write_text(policy.read_text() + "# edited\n")
+    assert ztserve("sign", policy, "--key", "root.pem").code == 2
+    assert ztserve("sign", policy, "--key", "second.pem").code == 0
+    (project / "other.toml.sig").write_text("{}")  # nobody's
+    assert ztserve("sign", policy, "--key", "second.pem").code == 0
+
+
 def test_an_older_policy_than_was_seen_is_refused(ztserve, rooted, published):
     config.follow_trust(config.load())  # as a replica does
     newer = rooted.read_text().replace("version = 1", "version = 2")

@@ -23,6 +23,7 @@ from ztserve.artifacts.publish.keys import (
     new_key,
     read_passphrase,
 )
+from ztserve.artifacts.publish.policies import check_raised
 from ztserve.artifacts.publish.registry import (
     Published,
     publish,
@@ -81,6 +82,7 @@ __all__ = [
     "attest_model",
     "attestation_statement",
     "bundle_entry",
+    "check_raised",
     "choose_serialization",
     "deployment_statement",
     "key_entry",
