@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ztserve.artifacts import publish
 from ztserve.artifacts.statements.keys import PublicKey, key_id
-from ztserve.artifacts.trust.signers import load_key
+from ztserve.artifacts.trust.signers import ROLES, load_key
 from ztserve.cli import signer
 from ztserve.errors import ConfigError
+
+_ROLE_WORDS = "--role trainer, --role evaluator or --role deployer"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--role",
         action="append",
-        choices=("trainer", "evaluator", "deployer"),
-        help="for the trust policy's entry; may be repeated (default: trainer)",
+        choices=ROLES,
+        help="for the trust policy's entry; may be repeated (new: trainer, unless "
+        "given; show: no entry without)",
     )
     parser.add_argument(
         "--root",
@@ -101,15 +104,18 @@ def _passphrase(chosen: argparse.Namespace) -> str | None:
 
 
 def _show(chosen: argparse.Namespace) -> int:
+    if chosen.entry and not chosen.role:
+        # A key does not tell its role, and a role too many is a stage too few.
+        raise ConfigError(f"--entry: say what the key signs as: {_ROLE_WORDS}")
     name, key = _public(chosen)
-    roles = chosen.role or ["trainer"]
-    entry = publish.key_entry(chosen.name or name, key, roles)
-    if chosen.entry:
-        print(f"\n{entry}", end="")
-        return 0
-    print(f"key id       {key_id(key)}")
-    if not chosen.root:
-        print(f"\n# for the trust policy:\n{entry}", end="")
+    if not chosen.entry:
+        print(f"key id       {key_id(key)}")
+    if chosen.role:
+        entry = publish.key_entry(chosen.name or name, key, chosen.role)
+        said = "" if chosen.entry else "# for the trust policy:\n"
+        print(f"\n{said}{entry}", end="")
+    elif not chosen.root:
+        print(f"\n# for the trust policy's entry, add {_ROLE_WORDS}")
     return 0
 
 

@@ -632,7 +632,7 @@ def test_a_policy_with_keys_beside_it_is_not_signed(ztserve, project):
     done = ztserve("sign", policy, "--key", "root.pem")
     assert done.code == 2
     assert "holds its keys as PEM text" in done.err
-    assert f"{policy.parent}/../team.pub` prints the entry" in done.err
+    assert f"{policy.parent}/../team.pub --role ROLE` prints the entry" in done.err
 
 
 def test_nonsense_is_not_signed_as_a_policy(ztserve, project):
@@ -720,6 +720,19 @@ def test_key_show_tells_what_key_new_told(ztserve, empty):
     assert entry.startswith("\n[[signers]]\n")
 
 
+@pytest.mark.parametrize("file", ["evaluator.pem", "evaluator.pub"])
+def test_an_entry_of_a_key_that_is_there_needs_its_role(ztserve, empty, file):
+    ztserve("key", "new", "evaluator.pem", "--role", "evaluator")
+    done = ztserve("key", "show", file, "--entry")
+    assert (done.code, done.out) == (2, "")
+    assert "say what the key signs as: --role trainer, --role evaluator or" in done.err
+    shown = ztserve("key", "show", file)
+    assert shown.code == 0
+    assert "key id       sha256:" in shown.out
+    assert "trust policy's entry, add --role trainer, --role evaluator" in shown.out
+    assert "roles" not in shown.out
+
+
 def test_the_key_of_a_root_has_no_entry_in_a_policy(ztserve, empty):
     done = ztserve("key", "new", "root.pem", "--root")
     assert done.out.endswith('toml:\n[artifacts]\ntrust_root = "root.pub"\n')
@@ -750,7 +763,8 @@ def test_a_name_that_is_no_text_is_refused(ztserve, empty):
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "Zoë 🔑", "a\x7fb\nc"])
 def test_an_entry_holds_any_name(ztserve, empty, name):
     ztserve("key", "new", "team.pem")
-    entry = ztserve("key", "show", "team.pub", "--name", name, "--entry").out
+    words = ("key", "show", "team.pub", "--role", "trainer")
+    entry = ztserve(*words, "--name", name, "--entry").out
     (empty / "trust.toml").write_text("version = 1\n" + entry)
     (empty / "trust.toml").chmod(0o644)
     (signer,) = TrustPolicy.load(empty / "trust.toml").signers

@@ -167,7 +167,8 @@ def _key(text: str, where: str, path: Path, name: str, *, inline: bool) -> Publi
         raise ConfigError(
             f"{where}: a policy signed under a trust root holds its keys as PEM text: "
             f"what is in the file {text!r} is not signed; "
-            f"`ztserve key show {path.parent / text}` prints the entry as it should be"
+            f"`ztserve key show {path.parent / text} --role ROLE` prints the entry as "
+            "it should be"
         )
     return load_key(text, path.parent, f"{where}: the key of {name!r}")
 
