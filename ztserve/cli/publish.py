@@ -6,8 +6,9 @@ from pathlib import Path
 from ztserve import config, types
 from ztserve.artifacts import publish, verify_model
 from ztserve.artifacts.registry.directory import DirectoryRegistry
+from ztserve.artifacts.registry.files import list_files
 from ztserve.cli import certified, reading, signer
-from ztserve.errors import ConfigError
+from ztserve.errors import ConfigError, RegistryError
 from ztserve.types import ModelRef
 
 
@@ -35,6 +36,11 @@ def run(chosen: argparse.Namespace) -> int:
     if ref.version is None:
         raise ConfigError(f"{chosen.model!r}: a release needs a version: name:version")
     registry = _folder(chosen) or settings.artifacts.folder
+    if not list_files(chosen.directory):
+        raise RegistryError(
+            f"{chosen.directory} is empty: save a model there, as safetensors, then "
+            f"sign it: `ztserve sign {chosen.directory}`"
+        )
     trust = config.load_trust(settings)
     with reading.bar(f"verifying {ref} for its release") as progress:
         looked_at = verify_model(

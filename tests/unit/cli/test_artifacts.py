@@ -266,6 +266,18 @@ def test_publish_of_unsigned_weights_is_refused(ztserve, project, weights):
     assert "is not signed" in done.err
 
 
+def test_publish_of_an_empty_folder_says_to_train_and_sign(ztserve, project):
+    (project / "weights").mkdir()
+    done = ztserve("publish", "weights", "double:1")
+    assert (done.code, done.out) == (2, "")
+    assert "weights is empty: save a model there, as safetensors, then" in done.err
+    assert "`ztserve sign weights`" in done.err
+    assert "ztserve publish`" not in done.err
+    done = ztserve("publish", "nowhere", "double:1")
+    assert done.code == 2
+    assert "there is no folder nowhere" in done.err
+
+
 def test_publishing_into_a_server_names_push_and_makes_no_folder(
     ztserve, project, weights
 ):
