@@ -365,6 +365,17 @@ def test_the_default_keys_are_those_of_the_project(ztserve, project, weights):
     assert "keys/trainer.pem: cannot be read" in done.err
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o600])
+def test_a_public_key_signs_nothing_and_is_called_so(ztserve, project, weights, mode):
+    ztserve("key", "new", "team.pem")
+    (project / "team.pub").chmod(mode)
+    done = ztserve("sign", weights, "--key", "team.pub")
+    assert (done.code, done.out) == (2, "")
+    assert "team.pub is a public key, expected a private key" in done.err
+    assert "chmod" not in done.err
+    assert not (weights / "model.sig").exists()
+
+
 def signed_as(weights):
     bundle = json.loads((weights / "model.sig").read_bytes())
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))

@@ -224,6 +224,11 @@ def _read_private(path: Path, what: str, limit: int) -> bytes:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if raw is None:
         raise ConfigError(f"{path} is no regular file, expected {what} in one")
+    if b"-----BEGIN PUBLIC KEY-----" in raw:
+        raise ConfigError(
+            f"{path} is a public key, expected {what}: of the two halves that `ztserve "
+            "key new` writes, NAME.pem is private and signs, NAME.pub is public"
+        )
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
             f"{path} is {what} that others may use (mode {mode & 0o777:o}): "
