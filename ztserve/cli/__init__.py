@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
+from ztserve import __version__
 from ztserve.cli.printing import printable
 from ztserve.errors import ZTServeError
 
@@ -43,8 +44,14 @@ class Verb(Protocol):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; a refusal is one sentence on stderr and exit code 2."""
+    """Run one verb; a refusal is one sentence on stderr and exit code 2.
+
+    Without any word the verbs are told there, which is code 2 as well.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return 2
     chosen = _parser(words).parse_args(words)
     try:
         code = int(chosen.run(chosen))
@@ -60,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _overview() -> str:
+    """Return the verbs, a line each."""
+    widest = max(map(len, VERBS))
+    lines = [f"  {verb:{widest}}  {sentence}" for verb, sentence in VERBS.items()]
+    usage = "usage: ztserve VERB ...; `ztserve VERB --help` tells of one"
+    return "\n".join([usage, *lines])
 
 
 def _hint(verb: str) -> None:
@@ -83,6 +98,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="ztserve",
         description="Signed models, served to verified callers only.",
     )
+    parser.add_argument("--version", action="version", version=f"ztserve {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, sentence in VERBS.items():

@@ -39,10 +39,25 @@ def test_help_names_every_verb(capsys):
     assert all(f"\n    {verb} " in told for verb in VERBS)
 
 
+def test_without_a_word_each_verb_is_told_in_a_line(ztserve):
+    done = ztserve()
+    assert (done.code, done.out) == (2, "")
+    usage, *lines = done.err.splitlines()
+    assert usage.startswith("usage: ztserve VERB")
+    assert [line.split(maxsplit=1) for line in lines] == [[*v] for v in VERBS.items()]
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ztserve {ztserve.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "the following arguments are required: verb"),
+        (["--"], "the following arguments are required: verb"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["--insecure", "init"], "unrecognized arguments: --insecure"),
         (["init", "a", "b"], "unrecognized arguments: b"),
