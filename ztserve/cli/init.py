@@ -21,7 +21,13 @@ _TEMPLATES = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("folder", nargs="?", type=Path, default=Path())
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path(),
+        help="of the project (default: this one)",
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:

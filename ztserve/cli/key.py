@@ -43,7 +43,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show: print the trust policy's entry alone, to be appended to it",
     )
-    parser.add_argument("--curve", choices=publish.CURVES, default="P-256")
+    parser.add_argument(
+        "--curve",
+        choices=publish.CURVES,
+        default="P-256",
+        help="new: of the key (default: P-256)",
+    )
     parser.add_argument(
         "--passphrase-file",
         type=Path,

@@ -30,7 +30,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--example", action="store_true", help="send an input made of zeros"
     )
     parser.add_argument("--stream", action="store_true", help="print piece by piece")
-    parser.add_argument("--timeout-s", type=_seconds, default=30.0)
+    parser.add_argument(
+        "--timeout-s",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long the call may take, all tries together (default: 30)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

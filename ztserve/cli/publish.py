@@ -14,7 +14,11 @@ from ztserve.types import ModelRef
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("directory", type=Path)
+    parser.add_argument(
+        "directory",
+        type=Path,
+        help="a model that its trainer signed; the release is written into it",
+    )
     parser.add_argument("model", help="name:version")
     signer.arguments(parser, "the development deployer's")
     certified.arguments(parser)

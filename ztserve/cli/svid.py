@@ -14,7 +14,7 @@ from ztserve.errors import IdentityError
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("action", choices=("write",))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="to write the files into")
     parser.add_argument(
         "--server", default="inference-service", help="the service to be called"
     )

@@ -21,9 +21,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         help="a registry or signed directory (default: ztserve.toml's registry)",
     )
-    parser.add_argument("--trust", type=Path, help="default: ztserve.toml's")
     parser.add_argument(
-        "--for", dest="purpose", choices=("load", "deploy"), default="load"
+        "--trust",
+        type=Path,
+        metavar="POLICY",
+        help="the trust policy to judge by, signed under trust_root where that is set "
+        "(default: ztserve.toml's trust_policy)",
+    )
+    parser.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("load", "deploy"),
+        default="load",
+        help="load: as a replica, which needs a deployer's release; deploy: as a "
+        "deployer, before there is one (default: load)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

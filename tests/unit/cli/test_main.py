@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import os
 import subprocess
@@ -29,6 +30,29 @@ def test_each_verb_tells_how_it_is_used(verb, capsys):
     assert ended.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
     assert VERBS[verb] in told
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_argument_of_a_verb_has_a_help_text(verb):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"ztserve.cli.{verb}").arguments(parser)
+    mute = [action.dest for action in parser._actions if not action.help]
+    assert [name for name in mute if name != "action"] == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("verify", "deploy: as a deployer, before there is one (default: load)"),
+        ("verify", "the trust policy to judge by"),
+        ("predict", "how long the call may take, all tries together (default: 30)"),
+        ("publish", "a model that its trainer signed"),
+    ],
+)
+def test_the_help_of_a_verb_says_what_is_meant(verb, said, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_names_every_verb(capsys):
