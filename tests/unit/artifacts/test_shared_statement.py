@@ -110,9 +110,10 @@ def test_a_statement_of_too_many_files_or_digests_is_refused(svid, identity):
 
 
 def test_a_payload_without_end_is_refused(svid, identity, monkeypatch):
+    endless = signed(svid)
     monkeypatch.setattr(statement, "MAX_PAYLOAD_BYTES", 100)
     with pytest.raises(Malformed, match="more than the limit of 100"):
-        verified(signed(svid), identity)
+        verified(endless, identity)
 
 
 @pytest.mark.parametrize(
