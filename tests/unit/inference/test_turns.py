@@ -51,6 +51,7 @@ def test_turns_come_in_order_of_arrival():
         threads = [threading.Thread(target=waiter, args=(i,)) for i in range(1, 9)]
         for thread in threads:
             thread.start()
+        eventually(lambda: len(turns._waiting) == 9)  # all of them, and in order
     for thread in (first, *threads):
         thread.join(10)
     assert order == list(range(1, 9))
