@@ -1,6 +1,6 @@
 # make run   - make the environment, then the whole demonstration; Ctrl-C ends it
-# make test  - the same environment, then every test: first, on three workers (they wait
-#              much), those without a cluster; then those with one, one after the other
+# make test  - the same environment, then every test: first, on two workers, those without
+#              a cluster; then those with one, each of which has both cores to itself
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -13,7 +13,7 @@ run: $(STAMP)
 	$(PY) -m examples.demonstration $(if $(ONCE),--once)
 
 test: $(STAMP)
-	$(PY) -m pytest -q -n 3 --dist loadfile $(CLUSTER:%=--ignore %)
+	$(PY) -m pytest -q -n 2 --dist loadfile $(CLUSTER:%=--ignore %)
 	$(PY) -m pytest -q $(CLUSTER)
 
 check: $(STAMP)
